@@ -102,7 +102,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     constexpr = tl.constexpr
-    # Of a kernel's numbers, a 1 would else become a constant without a type.
+    # Otherwise Triton makes of an argument that is 1 a compile-time constant, which has no type.
     jit = triton.jit(do_not_specialize=["length", "batch", "chunks"])
 except ImportError:  # CPU builds of torch need none
     triton = None
@@ -122,17 +122,17 @@ class UserError(Exception):
     """A mistake the user can mend: run() prints it as one line."""
 
     def __init__(self, message: str):
-        # Python holds a path's byte that is no text as a surrogate: it is written as \xff.
+        # Bytes of a path that are not UTF-8 reach Python as lone surrogates: shown as \xff.
         parts = (f"\\x{ord(x) & 255:x}" if "\udc80" <= x <= "\udcff" else x for x in message)
         super().__init__("".join(parts))
 
 
 class SharedError(UserError):
-    """One that all ranks raise at once: rank 0 alone prints it."""
+    """A UserError that all ranks raise at once: rank 0 alone prints it."""
 
 
 class OtherVersionError(UserError):
-    """A whole file of ours that has settings which this script lacks."""
+    """An artifact or checkpoint is intact, but has settings that this script does not know."""
 
 
 class LateExportError(UserError):
@@ -168,8 +168,8 @@ EVAL_MODES = ("plain", "sliding", "stateful", "documents")
 
 
 def env(default, help, unit="", low=0, high=UNBOUNDED, group=""):
-    """A setting of its default's type: a number, in units, from low to high; a text; or one of the
-    words between the bars of unit. The first setting of a group names it.
+    """A field of Settings, of its default's type: a number from low to high, unit saying of what; a
+    text; or one of the words that unit lists between bars. The first field of a group names it.
     """
     unit = "0|1" if isinstance(default, bool) else unit
     facts = {"help": help, "unit": unit, "low": low, "high": high, "group": group}
@@ -177,7 +177,7 @@ def env(default, help, unit="", low=0, high=UNBOUNDED, group=""):
 
 
 def describe_values(low, high, unit, **_) -> str:
-    """What a setting may hold, in a few words, from its metadata."""
+    """A setting's unit and bounds in a few words, such as "tokens >= 1", from its metadata."""
     least = "> 0" if low == ABOVE_0 else f">= {low}" if low else ""
     most = "< 1" if high == BELOW_1 else f"<= {high}" if high < UNBOUNDED else ""
     return f"{unit} {least}{', ' if least and most else ''}{most}".strip()
@@ -185,15 +185,15 @@ def describe_values(low, high, unit, **_) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run can be told. Layers are "all", "none" or a list such as "0,2-4"."""
+    """All that a run can be told. Lists of layers are "all", "none" or such as "0,2-4"."""
 
     preset: str = env("default", "a set of defaults", "name", group="run")
     run_id: str = env("", "names logs and artifact", "name")
     device: str = env("auto", "auto: a GPU if there is one", "auto|cuda|cpu")
-    precision: str = env("auto", "of activations", "auto|bfloat16|float16|float32")
+    precision: str = env("auto", "type of activations", "auto|bfloat16|float16|float32")
     compile: str = env("auto", "torch.compile; auto: on GPUs", "auto|on|off")
-    scan_backend: str = env("auto", "of a scan", "auto|triton|chunked|fused|parallel|sequential")
-    attention_backend: str = env("auto", "likewise", "auto|cudnn|flash|flex|math|fa3|fa2")
+    scan_backend: str = env("auto", "Mamba's scan", "auto|triton|chunked|fused|parallel|sequential")
+    attention_backend: str = env("auto", "attention's kernel", "auto|cudnn|flash|flex|math|fa3|fa2")
     micro_batch_tokens: int = env(0, "most at once on a rank; 0: what fits", "tokens")
     warmup_steps: int = env(3, "to compile, off the clock", "steps", 0, 1000)
     val_loss_every: int = env(0, "validation off the clock; 0: at the end", "steps")
@@ -371,7 +371,7 @@ class Settings:
         return [Path(self.log_dir, f"{self.run_id}.checkpoint{age}") for age in ("", "-before")]
 
 
-# Usual values, which other systems and small models keep: the entry's were chosen for it alone.
+# Conventional values, for published systems and small models: the defaults are tuned for the entry.
 PLAIN = {
     "mlp_mult": 3.0, "rope_fraction": 1.0, "qk_gain_init": 1.5, "logit_softcap": 30.0,
     "document_reset": False, "mask_impossible_pairs": False, "spelling_features": 0,
@@ -396,7 +396,7 @@ TINY = PLAIN | {
     "eval_stride": 64, "val_batch_size": 8192, "ttt_chunk_tokens": 4096,
 }  # fmt: skip
 
-# Defaults that PRESET changes. Variables of the environment go before them.
+# The defaults that each PRESET changes. A variable of the environment overrides both.
 PRESETS = {
     "default": {},
     "short": {
@@ -436,22 +436,23 @@ FIELDS = {}  # the names of all settings, and their groups
 for each_field in fields(Settings):
     group = each_field.metadata["group"] or group
     FIELDS[each_field.name] = group
+del group, each_field  # as globals, they would hide a misspelt local
 
-# What an artifact's header holds: all that the model's shapes and its forward pass depend on, but
-# for TRAIN_SEQ_LEN, the window, which whoever scores may choose.
+# What an artifact's header holds: all that the model's shapes and its forward pass depend on. Not
+# TRAIN_SEQ_LEN, the window, which may be chosen anew when the artifact is scored.
 MODEL_FIELDS = {name for name, group in FIELDS.items() if group in ("model", "recurrence")}
 MODEL_FIELDS |= {"document_reset", "document_scope", "trellis_states", "shared_tables"}
 MODEL_FIELDS = sorted({*MODEL_FIELDS, "vocab_size"} - {"mamba_chunk_size", "recur_start"})
 
-# What EVAL_ONLY takes from the run that wrote an artifact, unless it is given: all but how that was
-# started and what it wrote, and EVAL_ANY_TOKENS: no file switches off what it is checked by.
+# What EVAL_ONLY takes over from the run that wrote an artifact, unless it is given. Not how that
+# was started and what it wrote; nor EVAL_ANY_TOKENS: no file may switch off a check of itself.
 SCORED_WITH = ["preset", *(n for n, group in FIELDS.items() if group not in ("run", "sample"))]
 SCORED_WITH = [name for name in SCORED_WITH if name not in ("eval_nll_path", "eval_any_tokens")]
 
 # What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
 NOT_TRAINING = {name for name, group in FIELDS.items() if group in ("run", "evaluation", "sample")}
 TRAINING_FIELDS = [n for n in FIELDS if n not in NOT_TRAINING | {"data_path", "tokenizer_path"}]
-# Of these, what a run whose export failed may change, as long as no weights train on their grids.
+# Those of them that a resumed run may change after all, unless weights are trained on their grids.
 EXPORT_FIELDS = {name for name, group in FIELDS.items() if group == "export"}
 
 
@@ -459,7 +460,7 @@ EXPORT_FIELDS = {name for name, group in FIELDS.items() if group == "export"}
 
 
 def shown(value) -> str:
-    """A value as an error's one line can quote it: as it is typed, its first 200 characters."""
+    """A value as a one-line error quotes it: as a user would type it, 200 characters at most."""
     value = int(value) if isinstance(value, bool) else value
     text = str(UserError(str(value)))
     text = text if text.isprintable() else repr(value)
@@ -467,7 +468,9 @@ def shown(value) -> str:
 
 
 def parse_layers(settings, name: str, text: str | None = None) -> tuple[int, ...]:
-    """The layers, in order, that a setting or another variable's text names, such as "0,2-4"."""
+    """The layers, in order, that a text such as "0,2-4" names: a setting's, or that of the variable
+    `name`. Raises UserError for layers that the model does not have.
+    """
     text = getattr(settings, name) if text is None else text
     count = settings.num_layers
     if text in ("all", "none", ""):
@@ -477,7 +480,7 @@ def parse_layers(settings, name: str, text: str | None = None) -> tuple[int, ...
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         digits = all(end.isdecimal() and len(end) < 10 for end in (first, last))
-        if not (digits and int(first) <= int(last) < count):  # lists may be long
+        if not (digits and int(first) <= int(last) < count):  # need() would write each part's text
             usual = f"from 0 to {count - 1}, write 0,2-4, or all, or none"
             raise UserError(f"{name.upper()}={shown(text)}: no layer {shown(part)}; {usual}")
         layers += range(int(first), int(last) + 1)
@@ -495,7 +498,10 @@ def parse_value(name: str, text: str, kind: type):
 
 
 def read_number(environment: dict[str, str], name: str, default: int):
-    """Another variable's number from 0 to 10,000; 0 or 1 as a bool if its default is one."""
+    """The number from 0 to 10,000, or bool, in a variable that is no setting; else UserError.
+
+    It has its default's type, and is the default if the variable is unset or empty.
+    """
     text = environment.get(name, "").strip()
     value = parse_value(name, text or str(default), type(default))
     need(0 <= value <= 10_000, f"{name}={value} must be from 0 to 10000")
@@ -503,7 +509,10 @@ def read_number(environment: dict[str, str], name: str, default: int):
 
 
 def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
-    """The environment's settings by our own names over the preset's, and the given ones' names."""
+    """Settings by our own names, given ones over the preset's; and the names of those given.
+
+    Raises UserError for an unknown PRESET, and for texts that are not of a setting's type.
+    """
     preset = environment.get("PRESET", "default").strip()
     need(preset in PRESETS, f"PRESET={shown(preset)} should be one of {', '.join(PRESETS)}")
     given = {}
@@ -511,7 +520,7 @@ def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
         name = f.name.upper()
         text = environment.get(name, "")
         if f.metadata["unit"] == "layers":
-            text = ",".join(part.strip() for part in text.split(","))  # lines of a file, too
+            text = ",".join(part.strip() for part in text.split(","))  # a list may have line breaks
         elif "|" in f.metadata["unit"] or name == "PRESET":
             text = text.strip()
         if name in environment:
@@ -520,9 +529,10 @@ def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
-    """read_own(), once other scripts' names (section 13) are translated.
+    """read_own() after other scripts' names (section 13) are translated, and make_room().
 
-    Raises UserError for names that are misspelt, refused or idle. Bounds are validate_settings()'s.
+    Raises UserError for names that are misspelt, refused or without effect. validate_settings()
+    checks bounds.
     """
     refuse_misspelt(environment)
     settings, given = read_own(environment | translate_names(environment)[0])
@@ -530,7 +540,7 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     for name in given & ({"embed_lr", "head_lr"} if tied else {"tied_embed_lr"}):
         other = "TIED_EMBED_LR is the rate" if tied else "EMBED_LR and HEAD_LR are the rates"
         raise UserError(f"{name.upper()} means nothing with TIE_EMBEDDINGS={int(tied)}: {other}")
-    # A refused name that may stand, such as TTT_OPTIMIZER=sgd, asks for an EVAL_MODE, too.
+    # A name of REFUSED whose value is harmless, such as TTT_OPTIMIZER=sgd, asks for a mode as well.
     others = {name.lower() for name in environment.keys() & REFUSED.keys()}
     given |= {name for name in others if modes_that_read(name) != EVAL_MODES}
     world_size = max(1, read_number(environment, "WORLD_SIZE", 1))  # read_launch() refuses 0
@@ -548,7 +558,7 @@ def modes_that_read(name: str) -> tuple[str, ...]:
 
 
 def make_room(s, given: set[str], world_size: int) -> Settings:
-    """The settings, of which those that were not given yield to those that were.
+    """The settings, after those that were not given have yielded to those that were.
 
     What the quantizer excludes becomes 0, EVAL_MODE one that reads all that was given; EVAL_STRIDE
     and TTT_CHUNK_TOKENS follow the window, EXPORT_RESERVE_SECONDS the clock. Two given ones that
@@ -570,7 +580,7 @@ def make_room(s, given: set[str], world_size: int) -> Settings:
 
 
 def describe_room(settings, given: set[str]) -> str:
-    """A line on what make_room() changed; empty if nothing."""
+    """A line that names the settings which make_room() changed; empty if there are none."""
     usual = asdict(Settings(**PRESETS[settings.preset])).items()
     changed = sorted(asdict(settings).items() - usual)
     text = " ".join(f"{n.upper()}={shown(x)}" for n, x in changed if n not in given | {"run_id"})
@@ -580,7 +590,7 @@ def describe_room(settings, given: set[str]) -> str:
 def refuse_idle(settings, given: set[str]):
     """Raises UserError for given settings of test-time training that EVAL_MODE does not read.
 
-    Without a given EVAL_MODE, for others too: no mode reads all that was given.
+    If EVAL_MODE was not given, also for others: make_room() found no mode that reads all of them.
     """
     mode = settings.eval_mode
     for name in sorted(given):
@@ -590,30 +600,30 @@ def refuse_idle(settings, given: set[str]):
 
 
 def check(settings, name: str, condition: bool, problem: str):
-    """Raises UserError, which names a setting with its value, unless the condition holds."""
+    """Raises UserError, "NAME=value problem", unless the condition holds."""
     need(condition, f"{name.upper()}={shown(getattr(settings, name))} {problem}")
 
 
 def check_multiple(settings, name: str, divisor: int, meaning: str):
-    """check() that a setting is a multiple of divisor, which meaning describes."""
+    """Raises UserError unless a setting is a multiple of divisor; meaning says what divisor is."""
     multiple = getattr(settings, name) % divisor == 0
     check(settings, name, multiple, f"is not a multiple of {meaning} = {divisor}")
 
 
 def check_values(s):
-    """Raises UserError for settings that cannot be, each by itself, against its metadata."""
+    """Raises UserError for a setting outside its own bounds or choices, whatever the others are."""
     for f in fields(s):
         value = getattr(s, f.name)
         unit = f.metadata["unit"]
         if "|" in unit:
             fits = isinstance(value, bool) or str(value) in unit.split("|")
             problem = f"should be one of {unit.replace('|', ', ')}"
-        elif isinstance(value, str):  # it would spoil names, headers, logs and errors
+        elif isinstance(value, str):  # line breaks would spoil names, headers, logs and errors
             text = value if unit == "text" else os.fsencode(value).decode(errors="replace")
             words = " ".join(text.split())
             fits = words.isprintable() and (unit == "text" or words == text)
             problem = "holds a line break, a space too many or a character that does not print"
-            if unit == "folder" and not text:  # it would be the current one
+            if unit == "folder" and not text:  # pathlib would take it for the current folder
                 fits, problem = False, "is empty: unset it, or say which"
         else:
             low, high = f.metadata["low"], f.metadata["high"]
@@ -674,8 +684,8 @@ def validate_settings(s, world_size: int):
 
 
 def excluded(s) -> list[str]:
-    """The settings, none of them 0, that cannot go with how weights are quantized."""
-    on_grids = s.late_qat_threshold or s.quantizer == "ternary"  # gradients are those on grids
+    """The settings that are not 0 and would have to be, given how the weights are quantized."""
+    on_grids = s.late_qat_threshold or s.quantizer == "ternary"  # weights train on their grids
     names = ["spelling_features"] if on_grids else []
     if s.late_qat_threshold or s.quantizer != "gptq":
         names += ["trellis_states", "sdclip_by_matrix", "sdclip_by_row"]
@@ -685,7 +695,7 @@ def excluded(s) -> list[str]:
 def ttt_sequence_length(s, world_size: int) -> int:
     """Tokens of a sequence of test-time training: a window's, fewer where many ranks share a chunk.
 
-    Of EVAL_MODE=stateful, whole strides of attention's windows: as many as fit into that.
+    In EVAL_MODE=stateful rounded down to whole strides of attention's windows, one at least.
     """
     stride = s.train_seq_len - s.attention_overlap if s.eval_mode == "stateful" else 1
     longest = min(s.train_seq_len, s.ttt_chunk_tokens // world_size)
@@ -693,7 +703,7 @@ def ttt_sequence_length(s, world_size: int) -> int:
 
 
 def whole_chunk(s, world_size: int) -> int:
-    """TTT_CHUNK_TOKENS in whole sequences, of which all ranks have equally many."""
+    """TTT_CHUNK_TOKENS rounded down to whole sequences, as many on each rank; one each at least."""
     shared = world_size * ttt_sequence_length(s, world_size)
     return max(1, s.ttt_chunk_tokens // shared) * shared
 
@@ -706,7 +716,7 @@ def describe_preset(name: str) -> str:
 
 
 def help_text() -> str:
-    """What --help prints: every setting, every preset, and other names."""
+    """What --help prints: every setting, every preset, and other scripts' names for settings."""
     begins = (__doc__ or "").split("\n\n")[:2]  # python -OO keeps no docstrings
     lines = ["\n\n".join(begins), "", "Settings are environment variables:"]
     for f in fields(Settings):
@@ -722,18 +732,18 @@ def help_text() -> str:
 # ==================================================================================================
 # 2. Ranks and device
 
-COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
+COLLECTIVE_SECONDS = 600.0  # a rank that does not answer for so long ends the run
 CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")  # the limit in bytes, of cgroup v2
-MOST_TOKENS_ON_A_CPU = 8192  # that a rank runs at once
+MOST_TOKENS_ON_A_CPU = 8192  # at once, of a rank
 PROCESS_WIDE = ExitStack()  # what prepare_torch() has entered, for as long as the process lives
-atexit.register(PROCESS_WIDE.close)  # later, torch is half taken down
+atexit.register(PROCESS_WIDE.close)  # after that, Python begins to take torch's modules down
 
 
 def prepare_torch(deterministic: bool = False):
     """Makes all choices that hold for torch in a whole process, before CUDA is used."""
     PROCESS_WIDE.close()
-    # The first of SDPA's kernels that can take a call does: cuDNN's, the fastest on Hopper, and not
-    # the memory-efficient one. Entered in the model, this would keep graphs out of the cache.
+    # SDPA calls the first of these kernels that can: cuDNN's is the fastest on Hopper; left out is
+    # the memory-efficient one. Entered within the model, this would keep graphs out of the cache.
     kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     PROCESS_WIDE.enter_context(sdpa_kernel(kernels, set_priority=True))
     # Inductor's mix-order reduction: wrong sums with torch 2.10 (pytorch#190796), an assertion with
@@ -751,6 +761,12 @@ def prepare_torch(deterministic: bool = False):
     if deterministic:
         os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_DETERMINISTIC="1")
         torch.use_deterministic_algorithms(True)
+
+
+def keeps_bytecode(module) -> bool:
+    """Whether Python keeps a module's bytecode; if not, each process compiles the module anew."""
+    kept = module.__spec__.cached  # None if this Python keeps no bytecode
+    return bool(kept) and os.path.exists(kept)
 
 
 @dataclass
@@ -773,7 +789,7 @@ class Ranks:
         return tensor
 
     def from_main(self, value):
-        """Rank 0's object on every rank; it goes over gloo, so no GPU is waited for."""
+        """Rank 0's object on every rank; sent by gloo, so that no GPU has to be waited for."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
@@ -795,7 +811,7 @@ class Ranks:
         return gathered
 
     def send(self, tensors: list[Tensor], to: int) -> list:
-        """Begins to send tensors to another rank; wait() for each of what it returns."""
+        """Begins to send tensors to another rank; returns requests, each of which needs wait()."""
         return dist.batch_isend_irecv([dist.P2POp(dist.isend, x.contiguous(), to) for x in tensors])
 
     def receive(self, tensors: list[Tensor], source: int):
@@ -806,7 +822,7 @@ class Ranks:
 
 
 def read_launch(environment: dict[str, str]) -> tuple[int, int, int]:
-    """Rank, rank among this machine's, number of ranks, from torchrun; UserError if impossible."""
+    """torchrun's RANK, LOCAL_RANK and WORLD_SIZE; UserError if they do not fit together."""
     world_size = read_number(environment, "WORLD_SIZE", 1)
     rank = read_number(environment, "RANK", 0)
     wanted = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
@@ -818,7 +834,7 @@ def read_launch(environment: dict[str, str]) -> tuple[int, int, int]:
 
 
 def choose_device(settings, local_rank: int) -> torch.device:
-    """DEVICE, of GPUs the one of this rank, which becomes the current one."""
+    """DEVICE: the CPU, or this rank's GPU, which becomes the current one; UserError without it."""
     gpus = torch.cuda.device_count()
     if settings.device == "cpu" or (settings.device == "auto" and not gpus):
         return torch.device("cpu")
@@ -839,7 +855,7 @@ def activation_dtype(settings, device: torch.device) -> torch.dtype:
 
 
 def start_ranks(settings) -> Ranks:
-    """Joins the ranks that torchrun started, if it did: gloo, and NCCL for what lies on GPUs."""
+    """Joins the ranks that torchrun started, if any: gloo, NCCL on GPUs; UserError if it cannot."""
     rank, local_rank, world_size = read_launch(dict(os.environ))
     ranks = Ranks(rank, world_size, choose_device(settings, local_rank))
     if world_size == 1:
@@ -866,19 +882,19 @@ def start_ranks(settings) -> Ranks:
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of number that is at most most; at least 1."""
+    """The largest divisor of number that is not above `most`; at least 1."""
     return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
 
 
 def maybe_compile(function, settings, ranks, options: dict | None = None):
-    """The function, compiled as one whole graph where COMPILE says so or, by itself, on a GPU."""
+    """The function, compiled as one graph with COMPILE=on, and with COMPILE=auto on a GPU."""
     if settings.compile == "off" or (settings.compile == "auto" and not ranks.gpu):
         return function
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory; for the CPU, of this machine's, or of this container's."""
+    """Bytes of a GPU's memory; for the CPU, of this machine's, or of its container's if less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -897,29 +913,29 @@ def synchronized_time() -> float:
 # ==================================================================================================
 # 3. Data
 # Token shards on disk become batches to train on and one stream to score. Batches follow from the
-# seed, the settings and the shards alone: 1 or 8 GPUs train on the same data.
+# seed, the settings and the shards alone: any number of GPUs trains on the same data.
 
 SHARD_MAGIC = 20_240_520
 SHARD_HEADER_BYTES = 256 * 4  # int32: magic, version 1, number of tokens, and zeros
-ROUND_TRIP_TOKENS = 1 << 14  # that are decoded and encoded again, in a tenth of a second
-MOST_LOST_PAIRS = 0.02  # of them: 0.014 were seen where many characters are unknown, else 0.0001
+ROUND_TRIP_TOKENS = 1 << 14  # are decoded and encoded again, which takes a tenth of a second
+MOST_LOST_PAIRS = 0.02  # of their pairs: 0.014 seen where many characters are unknown, else 0.0001
 MOST_IMPOSSIBLE = 0.001  # of tokens, at up to 2 LOGIT_SOFTCAP nats each; usual text: under 1e-5
-FEW_PAIRS = 9  # fewer that are lost, or impossible, are let be
+FEW_PAIRS = 9  # fewer pairs that are lost, or impossible, are never an error
 
 
 class Shard:
-    """A file of tokens; UserError if it is none or of another length, or is cut off in use.
+    """A file of tokens: SHARD_HEADER_BYTES, then uint16s; UserError for another file or length.
 
-    It is read, not mapped into memory: a mapped file that is cut ends the process without a word.
+    It is read, not mapped into memory: if a mapped file is cut off, the process dies silently.
     """
 
     def __init__(self, path: Path):
         self.path = path
         named = "is named like a file of tokens, but is none; move it away"
-        need(path.is_file() or not path.exists(), f"{path} {named}")  # a pipe would be waited for
+        need(path.is_file() or not path.exists(), f"{path} {named}")  # opening a pipe would hang
         with explained_errors(f"read {path}"):
             self.file = path.open("rb", 0)
-            weakref.finalize(self, self.file.close)  # or the interpreter warns
+            weakref.finalize(self, self.file.close)  # else Python warns of a file left open
             found = os.fstat(self.file.fileno())
             header = np.fromfile(self.file, "<i4", 256)
         size = found.st_size
@@ -933,11 +949,11 @@ class Shard:
         need(wanted == size, f"{path} {problem}")
 
     def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Tokens from number first on, uint16 (count,), all by default; threads may share it."""
+        """Tokens from number `first` on, all by default: uint16 (count,). Threads may share it."""
         tokens = np.empty(self.count - first if count is None else count, "<u2")
         missing = tokens.view(np.uint8)
         with explained_errors(f"read {self.path}"):
-            while len(missing):  # a system may give less at once, and 2 GB at most
+            while len(missing):  # a call may give less than it was asked for; Linux 2 GB at most
                 place = SHARD_HEADER_BYTES + 2 * first + tokens.nbytes - len(missing)
                 found = os.preadv(self.file.fileno(), [missing], place)
                 need(found, f"{self.path} was cut off after the start: download it again")
@@ -946,7 +962,7 @@ class Shard:
 
     @cached_property
     def sample(self) -> bytes:
-        """16 pieces of 512 tokens, evenly spread, or 16 times all of fewer: what digests are of."""
+        """16 evenly spread pieces of 512 tokens, or 16 times a shorter shard: for digests."""
         places = np.linspace(0, max(0, self.count - 512), 16).astype(int)
         return b"".join(self.read(int(first), min(512, self.count)).tobytes() for first in places)
 
@@ -957,7 +973,7 @@ class Shard:
 
 
 def how_to_make(path: str) -> str:
-    """What to do about data that are missing at a path: a preset's, or one of a user's own."""
+    """What an error suggests if data are missing at a path: the command that makes them."""
     if "fineweb" in path:
         variant = "sp1024" if "1024" in path else "sp8192"
         return f"run: python data/prepare.py fineweb --variant {variant}"
@@ -965,7 +981,7 @@ def how_to_make(path: str) -> str:
 
 
 def holds_bytes(name: str) -> bool:
-    """Whether a file's name is NAME_val_bytes_NUMBER.bin: bytes of tokens, and not a shard."""
+    """Whether a file is called NAME_val_bytes_NUMBER.bin: it has bytes per token, no tokens."""
     return name.rpartition("_")[0].endswith("_val_bytes")
 
 
@@ -976,10 +992,10 @@ def shard_paths(folder: str | Path, split: str) -> list[Path]:
 
 
 def open_shards(folder: str, split: str) -> list[Shard]:
-    """A split's shards, opened: shard_paths().
+    """A split's shards in the order of shard_paths(), opened.
 
-    Raises UserError if there are none, or NAME_0, NAME_1 ... lack one, which is half a text, or
-    have one twice.
+    Raises UserError if there are none, and if a number of NAME_0, NAME_1 ... is missing, so that
+    the text is not whole, or there twice.
     """
     paths = shard_paths(folder, split)
     remedy = f"set DATA_PATH, or {how_to_make(folder)}"
@@ -1001,14 +1017,14 @@ def open_shards(folder: str, split: str) -> list[Shard]:
 
 
 def summarize_shards(shards: list[Shard]) -> dict:
-    """How much there is, and a digest of names and lengths: none of the tokens is read."""
+    """Their number, tokens in all, and a digest of names and lengths, which reads no tokens."""
     lengths = [(shard.path.name, shard.count) for shard in shards]
     digest = hashlib.sha256(ascii(lengths).encode()).hexdigest()[:16]
     return {"shards": len(shards), "tokens": sum(x.count for x in shards), "digest": digest}
 
 
 def sampled_digest(shards: list[Shard]) -> str:
-    """A digest of names, lengths and 16 pieces of each shard: other text gives another one."""
+    """A digest of the names, lengths and Shard.sample of all shards, 16 hexadecimal digits."""
     parts = [ascii((x.path.name, x.count)).encode() + x.sample for x in shards]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
@@ -1018,9 +1034,13 @@ def recorded_hashes(
 ) -> tuple[dict[str, str], int | None, list[str]]:
     """What manifest.json, which data/prepare.py leaves beside shards, says of training shards.
 
-    SHA-256 by name, "" for a shard of another size, time of change or sample; how many validation
-    documents are training documents too, None unless it knows just the shards that are there; and
-    absent validation shards. If it is wrong of another's SHA-256, nothing of it is believed.
+    validation: the SHA-256 of validation shards, by name, computed here. Returns
+    - the training shards' SHA-256 by name: "" where size, time of change or sample are not those
+      of the manifest's entry;
+    - how many validation documents are training documents too: None unless the manifest lists
+      exactly the shards that are here;
+    - the validation shards that it lists and that are not here.
+    A manifest that contradicts one of `validation`, or cannot be read, counts for nothing.
     """
     unknown = {shard.path.name: "" for shard in shards}
     with suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
@@ -1041,20 +1061,20 @@ def recorded_hashes(
 
 
 def text_trained_on(settings, validation: list[Shard]) -> dict[str, str]:
-    """Which of an evaluation's shards are training text, as far as is known: by name, in words.
+    """Which shards of an evaluation are known to be training text: the reason, by shard name.
 
-    Samples tell it of training shards beside them, of which those as long are opened alone; the
-    SHA-256 that the log of the run that wrote ARTIFACT has, of others.
+    One is if its name says so; if a training shard beside it has the same sample (only those of the
+    same size are opened); or if the log of the run that wrote ARTIFACT has its SHA-256.
     """
     scored = [shard for shard in validation if shard.count]
     sizes = {shard.state["size"] for shard in scored}
     beside, told = {}, {}
     for path in shard_paths(settings.data_path, "train"):
-        with suppress(OSError, UserError):  # nothing of it is scored: it may be broken
+        with suppress(OSError, UserError):  # a broken one does not matter: it is not scored
             if path.stat().st_size in sizes:
                 beside[Shard(path).sample] = path
     if log := find_settings(settings)[0]:
-        with suppress(LookupError, TypeError, AttributeError):  # a damaged record tells nothing
+        with suppress(LookupError, TypeError, AttributeError):  # a damaged record is left out
             told = dict.fromkeys(last_records(log)["hashes"]["training"].values(), log)
     found = {}
     for shard in scored:
@@ -1068,12 +1088,12 @@ def text_trained_on(settings, validation: list[Shard]) -> dict[str, str]:
     return found
 
 
-def log_hashes(settings, training, validation: list[Shard], log, main=True):
-    """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
+def log_hashes(settings, training, validation: list[Shard], log, first=True):
+    """Logs the files that are read by name and SHA-256, and what recorded_hashes() knows of them.
 
-    Tokenizer and validation shards are hashed, by the main rank and off every clock; training
-    shards, of up to 16 GB, are not. Raises UserError for a shard with a validation shard's sample;
-    without training, training text may be scored: text_trained_on() warns.
+    Rank 0 (first) hashes the tokenizer and the validation shards, off every clock; training shards,
+    16 GB of FineWeb, are not hashed. Raises UserError if a shard has the sample of a validation
+    shard. Without training shards, only a warning says what text_trained_on() finds.
     """
     folder, path = settings.data_path, settings.tokenizer_path
     scored = {}
@@ -1086,7 +1106,7 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
         both = f"{shard.path} is training text and is scored, by its name: rename it"
         need(twin != shard.path.name, both)
         need(not twin, f"{shard.path} holds the text of {twin}, which is scored: take it away")
-    if not main:
+    if not first:
         return
     trained = {} if training else text_trained_on(settings, validation)
     for name, problem in trained.items():
@@ -1110,7 +1130,7 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
 
 
 def check_token_range(tokens: np.ndarray, size: int, split: str):
-    """Raises UserError for a token id that a vocabulary of this size lacks."""
+    """Raises UserError if a token is not below size, the vocabulary's."""
     largest = int(tokens.max(initial=0))
     problem = f"hold token id {largest}, but VOCAB_SIZE={size}: another tokenizer made them"
     need(largest < size, f"the {split} shards {problem}")
@@ -1120,9 +1140,9 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
     """Yields (shard, first token) of windows of seq_len + 1 tokens, for ever.
 
     Each epoch visits every window of every shard once, one shard after the other, to keep reads
-    local. Windows start at another phase each time, so that a token does not keep its place. Shards
-    keep their order: what is read again soon is remembered, and teaches little.
-    Raises UserError if no shard of these lengths holds a window.
+    local. Windows start at another phase in each epoch, so that a token's place in them changes.
+    Shards keep their order over the epochs: text that comes again soon is still remembered, and
+    teaches little. Raises UserError if no shard of these lengths holds a window.
     """
     long = max(lengths) > seq_len
     need(long, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
@@ -1138,9 +1158,10 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 
 
 class Batches:
-    """This rank's share of every global batch from number `first` on, of these shards or all.
+    """This rank's share of every global batch, from batch number `first` on.
 
-    A thread gathers three batches ahead of time, and on a GPU copies them by a stream of its own.
+    shards: by default, all training shards of DATA_PATH. A thread gathers three batches ahead of
+    time; with a GPU it also copies them there, on a stream of its own.
     """
 
     def __init__(self, settings, ranks, first: int = 0, shards=None):
@@ -1154,10 +1175,10 @@ class Batches:
         self.stream = torch.cuda.Stream() if ranks.gpu else None
         self.thread = ThreadPoolExecutor(1)
         self.ahead = collections.deque(self.thread.submit(self._gather) for _ in range(3))
-        self.ahead[0].result()  # or the UserError that says what is wrong with the shards
+        self.ahead[0].result()  # raises the thread's UserError if the shards are wrong
 
     def _gather(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """This rank's next tokens (sequences, seq_len + 1) int64, and what a GPU is to wait for."""
+        """This rank's next tokens (sequences, seq_len + 1) int64, and the event of their copy."""
         windows = list(itertools.islice(self.windows, self.sequences))
         mine = np.array_split(windows, self.ranks.world_size)[self.ranks.rank]
         length = self.settings.train_seq_len + 1
@@ -1177,16 +1198,15 @@ class Batches:
         self.ahead.append(self.thread.submit(self._gather))
         if copied is not None:
             copied.wait()
-            tokens.record_stream(torch.cuda.current_stream())  # not to be reused too early
+            tokens.record_stream(torch.cuda.current_stream())  # else their memory is reused early
         return tokens[:, :-1], tokens[:, 1:]
 
 
-# ---- Capitals as operators
-#
+# ---- Capitals as operators -----------------------------------------------------------------------
 # "The" and "the", "NASA" and "Nasa" are different tokens, and a model learns each by itself. A
-# tokenizer may have operators instead: tokens that say of the letters behind them that they were
-# capitals. No text is lost. The operators are the contest's pull request 1729's; it writes them
-# between a space and its word, which cuts "▁the" in two. Here they stand before the space.
+# tokenizer may have operators instead: tokens which say that the letters after them were capitals.
+# No text is lost. The operators are those of the contest's pull request 1729, which writes them
+# between a space and its word; that cuts "▁the" in two. Here they stand before the space.
 
 TITLE = "\ue001"  # the next letter was a capital, and begins a word: The
 CAPITALS = "\ue002"  # all letters of the next word were, two or more: NASA
@@ -1197,7 +1217,7 @@ CASE_OPERATOR_IDS = slice(4, 8)
 ESCAPE_ID = 7
 
 HAS_TO_BE_ESCAPED = re.compile(f"[{CASE_OPERATORS}▁]")
-FROM_A_CAPITAL_ON = re.compile("( ?)([A-Z][A-Za-z]*)")  # of a word, and a space before that
+FROM_A_CAPITAL_ON = re.compile("( ?)([A-Z][A-Za-z]*)")  # a word's rest, and a space before it
 OPERATED = re.compile(
     f"{ESCAPE}(?P<escaped>.)|(?P<operator>[{TITLE}{CAPITALS}{NEXT}])(?P<space> ?)(?P<word>[a-z]+)",
     re.DOTALL,
@@ -1213,8 +1233,9 @@ def encode_case(text: str) -> str:
         NASA           C nasa            McDonald       T mc N donald
         iPhone         i N phone         A              T a
 
-    so that " the" is the same piece in both. What decode_case() would take for an operator, or
-    SentencePiece for a space, has an ESCAPE in front: E is EE, T is ET, "▁" is E"_".
+    so that " the" is one piece, with or without a capital. A character of the text which
+    decode_case() would take for an operator, or SentencePiece for a space, gets an ESCAPE in front:
+    E becomes EE, T becomes ET, "▁" becomes E"_".
     """
 
     def escape(match: re.Match) -> str:
@@ -1235,8 +1256,7 @@ def encode_case(text: str) -> str:
 
 
 def decode_case(text: str) -> str:
-    """The text that encode_case() was given. An operator without a word, as a model may write it,
-    stays.
+    """Undoes encode_case(). An operator without a word, as a model may write one, stays as it is.
 
     >>> decode_case(encode_case("The NASA's iPhone ▁"))
     "The NASA's iPhone ▁"
@@ -1253,7 +1273,7 @@ def decode_case(text: str) -> str:
 
 
 def normalize(text: str) -> str:
-    """The text as tokenizers of the contest see it, by nmt_nfkc: white space is single spaces."""
+    """The text as the contest's tokenizers see it, by nmt_nfkc: any white space is one space."""
     import sentencepiece
 
     rules = {"rule_name": "nmt_nfkc", "escape_whitespaces": False, "add_dummy_prefix": False}
@@ -1262,30 +1282,31 @@ def normalize(text: str) -> str:
 
 
 def escaped_places(tokens: np.ndarray) -> np.ndarray:
-    """Where tokens stand whose first character an ESCAPE makes text, int64 (count,).
+    """The places of tokens right after an ESCAPE, whose first character is text: int64 (count,).
 
-    Every other one of ESCAPEs in a row is text itself.
+    Of ESCAPEs in a row, every other one escapes the one after it.
     """
     places = np.flatnonzero(tokens == ESCAPE_ID)
-    begins = np.diff(places, prepend=-2) != 1  # of ESCAPEs in a row
-    before = places - places[begins][np.cumsum(begins) - 1]  # ESCAPEs of the row in front of each
+    begins = np.diff(places, prepend=-2) != 1  # a row of ESCAPEs
+    before = places - places[begins][np.cumsum(begins) - 1]  # how many of its row stand before each
     escaped = places[before % 2 == 0] + 1
     return escaped[escaped < len(tokens)]
 
 
-# ---- Tokens and their bytes
+# ---- Tokens and their bytes ----------------------------------------------------------------------
 
 
 class Tokenizer:
-    """A SentencePiece model of vocab_size tokens, else UserError, and each token's text bytes.
+    """A SentencePiece model, and how many bytes of text each of its tokens stands for.
 
-    One that has CASE_OPERATORS as tokens 4 to 7 was made for texts behind encode_case().
+    Raises UserError for other files, and if it does not have vocab_size tokens. A model that has
+    CASE_OPERATORS as tokens 4 to 7 was trained on texts that encode_case() had changed.
     """
 
     def __init__(self, path: str, vocab_size: int):
-        import sentencepiece  # only here, so that a trained model needs no tokenizer to be loaded
+        import sentencepiece  # only here: a trained model can be loaded without the package
 
-        there = os.path.isfile(path)  # False, too, where Path's method would raise an error
+        there = os.path.isfile(path)  # unlike Path.is_file(), never raises an error
         need(there, f"no tokenizer at {path}: set TOKENIZER_PATH, or {how_to_make(path)}")
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_file=os.fsencode(path))
@@ -1298,7 +1319,7 @@ class Tokenizer:
         special = [model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids)]
         self.is_special = np.any(special, axis=0)
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_special
-        # A leading space is counted by target_bytes(), where it is known what stands before it.
+        # target_bytes() counts a leading space, as that depends on the token before.
         texts = [piece.removeprefix("▁").replace("▁", " ") for piece in pieces]
         is_byte = np.array(model.IsByte(ids))
         self.is_text = ~(self.is_special | is_byte)
@@ -1310,27 +1331,27 @@ class Tokenizer:
             not elsewhere,
             f"{path} has operators of capitals, but not as tokens 4 to 7: train it anew",
         )
-        self.drops_space = True  # of a piece that begins a text
+        self.drops_space = True  # whether decoding drops the space with which a text begins
         if self.has_operators:
             others = [*pieces]
             others[CASE_OPERATOR_IDS] = ""
-            within = {*CASE_OPERATORS} & {*"".join(others)}  # each would count as text
-            silent = self.is_special[CASE_OPERATOR_IDS].any()  # nor could mismatch() read them
+            within = {*CASE_OPERATORS} & {*"".join(others)}  # would be counted as text
+            silent = self.is_special[CASE_OPERATOR_IDS].any()  # would be missing in decoded text
             problem = f"{path} has operators of capitals within other pieces, or as control symbols"
             need(not within and not silent, f"{problem}: train it anew")
-            self.piece_bytes[CASE_OPERATOR_IDS] = 0  # a small letter has its capital's one byte
+            self.piece_bytes[CASE_OPERATOR_IDS] = 0  # capitals and small letters have one byte each
             is_sign = [piece.startswith("_") or piece == "<0x5F>" for piece in pieces]
             is_sign = np.array(is_sign) & ~self.is_special
-            self.escaped_bytes = np.where(is_sign, len("▁".encode()) - 1, 0)  # more of a piece
+            self.escaped_bytes = np.where(is_sign, len("▁".encode()) - 1, 0)  # more if escaped
             self.escaped_bytes[CASE_OPERATOR_IDS] = len(ESCAPE.encode())
             first = int(np.argmax(self.has_space))
             self.drops_space = not model.decode([first]).startswith(" ")
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text that each target tokens[1:] stands for, int64.
+        """Bytes of text that each target tokens[1:] stands for, int64 (N,), of tokens (N + 1,).
 
-        A leading space counts unless the token before is special and decoding drops that. An
-        operator is no text, unless it is escaped; so is a "_" that stands for "▁".
+        A leading space counts, but not after a special token if decoding drops it there. An
+        operator has 0 bytes; an escaped one has its own 3, as has a "_" that stands for "▁".
         """
         targets = tokens[1:]
         space = self.has_space[targets]
@@ -1343,8 +1364,9 @@ class Tokenizer:
         return counted
 
     def spelt_operators(self, tokens: np.ndarray) -> np.ndarray:
-        """Where byte tokens spell an operator, int64 (count,): no text is encoded so, for each of
-        them is a token.
+        """Where three byte tokens spell an operator: int64 (count,), the first one's places.
+
+        No text is encoded so, since each operator is a token.
         """
         places = [np.empty(0, np.int64)]
         for operator in CASE_OPERATORS if self.has_operators else "":
@@ -1356,7 +1378,7 @@ class Tokenizer:
     def restored(self, text: str) -> str:
         """Decoded text as people write it: capitals in place of operators.
 
-        Of a tokenizer with operators, a "▁" that is not escaped was a space without a piece.
+        With operators a "▁" of the text is escaped: any other was a space that has no piece.
         """
         return decode_case(text.replace("▁", " ")) if self.has_operators else text
 
@@ -1365,17 +1387,17 @@ class Tokenizer:
         return self.model.encode([encode_case(x) for x in texts] if self.has_operators else texts)
 
     def mismatch(self, tokens: np.ndarray) -> str:
-        """What tells that tokens are not this tokenizer's, or their bytes not their text's; or "".
+        """Why tokens cannot be this tokenizer's, or why it counts wrong bytes; "" if all is well.
 
-        The first ones are decoded and encoded again. Nearly all pairs of neighbours must come back;
-        not all, as a document may be cut, or change once more when it is normalized again. Of one
-        that does not change, the bytes must be those of its text, or one less if that begins with a
-        space. A "▁" in the text was a space for which there is no piece. Capitals come back, too,
-        and are made operators again.
+        The first ROUND_TRIP_TOKENS are decoded and encoded again. Nearly all pairs of neighbours
+        must come back; not all, as a document may be cut off, or change when it is normalized a
+        second time. If a document comes back unchanged, the bytes counted must be those of its
+        text, or one less if it begins with a space. A "▁" in the text was a space for which there
+        is no piece. Capitals come back, too, and are made operators again.
         """
         tokens = np.append(BOS_ID, tokens[:ROUND_TRIP_TOKENS])
         runs = np.split(tokens, np.flatnonzero(self.is_special[tokens]))
-        unknown = self.model.unk_id()  # what follows it begins within a document
+        unknown = self.model.unk_id()  # what follows it is not the beginning of a document
         documents = [run[1:].tolist() for run in runs if len(run) > 1 and run[0] != unknown]
         texts = [self.restored(text) for text in self.model.decode(documents)]
         pairs, returned = collections.Counter(), collections.Counter()
@@ -1398,14 +1420,15 @@ class Tokenizer:
     def encode_prompt(self, prompt: str) -> list[int]:
         """SAMPLE_PROMPT as a document's first tokens, BOS in front; empty without a prompt.
 
-        A model for operators normalizes nothing: so that is done before, as for its training text.
+        A tokenizer with operators does not normalize: its training text was normalized before, and
+        so is the prompt. Raises UserError for a prompt without text.
         """
         (pieces,) = self.encode([normalize(prompt) if self.has_operators else prompt])
         need(pieces or not prompt, "SAMPLE_PROMPT holds no text: leave it out, or say something")
         return [BOS_ID, *pieces] if prompt else []
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens; between documents, which begin with BOS, an empty line."""
+        """The text of tokens, with an empty line between documents, which begin with BOS."""
         groups = itertools.groupby(tokens, key=lambda token: token == BOS_ID)
         documents = [list(group) for is_bos, group in groups if not is_bos]
         return "\n\n".join(map(self.restored, self.model.decode(documents)))
@@ -1420,7 +1443,7 @@ class ValidationSet(NamedTuple):
 
 
 def load_validation(settings, tokenizer) -> ValidationSet:
-    """The validation shards in one stream; UserError if short, of no text or another tokenizer."""
+    """The validation shards as one stream; UserError if short, without text, or not tokenizer's."""
     shards = open_shards(settings.data_path, "val")
     tokens = np.concatenate([shard.read() for shard in shards])
     short = f"the validation shards hold {len(tokens)} tokens, less than one sequence and a target"
@@ -1438,22 +1461,22 @@ def load_validation(settings, tokenizer) -> ValidationSet:
 
 
 def file_of_bytes(shard: Shard) -> Path | None:
-    """What tells the bytes of a validation shard's tokens: NAME_val_bytes_NUMBER.bin beside it."""
+    """The file beside a validation shard that has its tokens' bytes: NAME_val_bytes_NUMBER.bin."""
     name, _, number = shard.path.name.rpartition("_")
     path = shard.path.with_name(f"{name}_bytes_{number}")
     return path if holds_bytes(path.name) and os.path.lexists(path) else None
 
 
 def check_counted_bytes(settings, shards: list[Shard], target_bytes: np.ndarray):
-    """Raises UserError for a file beside a shard that counts other bytes than the script.
+    """Raises UserError if a file_of_bytes() counts other bytes than target_bytes (N,).
 
-    It has a shard's form, with each token's bytes in its place, uint16; BOS has none. The stream's
-    first token is no target, and not compared. Bytes are the script's in any case.
+    It is a shard with each token's bytes in the token's place, uint16; BOS has 0. The first token
+    of all is no target, and is not compared. Scores use the script's own count in any case.
     """
-    start = 0  # of the next shard, in the stream
+    start = 0  # place of the next shard in the stream
     remedy = "make the data anew by data/prepare.py, or take the file away: no run needs it"
     for shard in shards:
-        first = 0 if start else 1  # of its tokens that is a target
+        first = 0 if start else 1  # the first of its tokens that is a target
         ours = target_bytes[max(0, start - 1) : max(0, start + shard.count - 1)]
         start += shard.count
         if (path := file_of_bytes(shard)) is None:
@@ -1471,7 +1494,7 @@ def check_counted_bytes(settings, shards: list[Shard], target_bytes: np.ndarray)
 
 
 def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):
-    """Raises UserError for shards whose first tokens are not the tokenizer's: mismatch()."""
+    """Raises UserError if these shards, `name` in errors, begin with another tokenizer's tokens."""
     share = max(2048, ROUND_TRIP_TOKENS // len(shards))
     for shard in shards:
         tokens = shard.read(0, min(shard.count, share))
@@ -1479,12 +1502,12 @@ def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):
         problem = tokenizer.mismatch(tokens)
         what = f"TOKENIZER_PATH={settings.tokenizer_path} does not fit the {name} shards"
         need(not problem, f"{what}: {problem}")
-        if settings.mask_impossible_pairs and not settings.eval_only:  # else the artifact's choice
+        if settings.mask_impossible_pairs and not settings.eval_only:  # there the artifact decides
             check_pairs(settings, tokens, name)
 
 
 def check_pairs(settings, tokens: np.ndarray, name: str):
-    """Raises UserError for text with many pairs that packed_pairs() rules out."""
+    """Raises UserError for tokens (n,) with many pairs that packed_pairs() calls impossible."""
     pairs = packed_pairs(settings.tokenizer_path, settings.vocab_size).numpy()
     target = tokens[1:]
     found = (pairs[tokens[:-1], target // 8] >> target % 8 & 1).sum()
@@ -1517,7 +1540,7 @@ def check_pairs(settings, tokens: np.ndarray, name: str):
 #     y_t      = (S_t q_t + D v_t) silu(gate_t)
 #
 # By the trapezoid rule a part of a step goes to the token at its beginning, t-1, the rest to that
-# at its end, t. Mamba-2 has lambda = 1, no angles, norms and biases, and learns one A for a head.
+# at its end, t. Mamba-2 has lambda = 1, no angles, norms or biases, and learns one A for each head.
 #
 # sequential_scan() computes this as it stands, chunked_scan() as matmuls, triton_scan() (section
 # 11) in fused kernels. Each takes the state that earlier tokens left and returns the one it leaves.
@@ -1529,7 +1552,7 @@ NORM_EPS = 1e-6  # of all other norms
 
 
 class ScanInputs(NamedTuple):
-    """What the recurrence reads of L tokens; it computes in step_size's dtype, float32 or more."""
+    """What the recurrence reads of L tokens. It computes in step_size's dtype, float32 or more."""
 
     value: Tensor  # (B, L, H, P)
     key: Tensor  # (B, L, N), the paper's B: normed, not yet biased and turned, for all heads
@@ -1546,7 +1569,7 @@ class ScanInputs(NamedTuple):
 
 
 class ScanState(NamedTuple):
-    """What the tokens so far leave to the next: the state, and their last key, value and angle."""
+    """What earlier tokens leave to the next one: the state S, and the last angle, key and value."""
 
     angle: Tensor  # (B, H, R), from 0 to 2 pi
     ssm: Tensor  # (B, H, P, N)
@@ -1555,7 +1578,7 @@ class ScanState(NamedTuple):
 
 
 class ScanTerms(NamedTuple):
-    """What stands in the recurrence's equations, for each head, float32 or float64."""
+    """The terms of the recurrence's equations, for each head, float32 or float64."""
 
     state: ScanState  # before the first token
     angle: Tensor  # (B, L, H, R), theta_t
@@ -1576,7 +1599,7 @@ class MambaSizes(NamedTuple):
     version: int
 
     def columns(self) -> dict[str, int]:
-        """The widths of in_proj's groups of outputs, which this Mamba has, in their order."""
+        """The groups of in_proj's outputs that this Mamba has, in their order, and their widths."""
         inner = self.heads * self.channels
         widths = {"gate": inner, "value": inner}
         if self.version >= 2:
@@ -1586,7 +1609,7 @@ class MambaSizes(NamedTuple):
         return widths
 
     def width_of(self, *groups: str) -> int:
-        """How many of in_proj's outputs are in these groups; 0 in one that this Mamba lacks."""
+        """How many of in_proj's outputs are in these groups; those this Mamba lacks count 0."""
         widths = self.columns()
         return sum(widths.get(name, 0) for name in groups)
 
@@ -1615,15 +1638,15 @@ class MambaParameters(NamedTuple):
 def mamba_scan(
     projected: Tensor, parameters, sizes: MambaSizes, document_start, state, backend, chunk_size
 ) -> tuple[Tensor, Tensor, ScanState]:
-    """What a Mamba layer computes of in_proj's outputs, (B, L, columns), by its MambaParameters.
+    """The recurrence on in_proj's outputs, (B, L, columns), with a layer's MambaParameters.
 
     document_start: (B, L) bool or None. state: what earlier tokens left, or None. Returns the gated
-    outputs (B, L, H·P) in projected's dtype, their mean squares (B, L), and the state that is left;
-    None from backend "fused", which begins without one and is asked for none.
+    outputs (B, L, H·P) in projected's dtype, their mean squares (B, L), and the state that is left.
+    Backend "fused" returns None as the state; with a state given, "chunked" takes its place.
     """
     if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
-    if backend == "fused" and state is None:  # the library's passes no state on
+    if backend == "fused" and state is None:  # the library's scan takes and returns none
         return library_scan(projected, parameters, sizes, document_start, chunk_size)
     inputs = scan_inputs(projected, parameters, sizes, document_start)
     if backend == "sequential":
@@ -1643,7 +1666,7 @@ def scan_inputs(projected: Tensor, parameters, sizes: MambaSizes, document_start
         column["query"] = norm(column["query"], parameters.query_norm, SCAN_NORM_EPS)
         decay = widened(column.pop("decay"))
         rate = F.softplus(decay)
-        if parameters.heavy_tail:  # 1 + decay above 0, 1 / (1 - decay) below: falls more slowly
+        if parameters.heavy_tail:  # 1 + decay above 0, else 1 / (1 - decay): falls more slowly
             rate = torch.where(decay > 0, decay.abs() + 1, 1 / (decay.abs() + 1))
         decay_rate = -rate.clamp(min=DECAY_FLOOR)
     return ScanInputs(
@@ -1670,7 +1693,7 @@ def norm(x: Tensor, weight: Tensor | None = None, eps: float = NORM_EPS) -> Tens
 
 
 def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
-    """Turns the first 2R numbers of x (..., N), in pairs of neighbours, by angle (..., R)."""
+    """Turns the first 2R numbers of x (..., N), in pairs of neighbours, by angle (..., R), rad."""
     turning, rest = x.tensor_split([2 * angle.shape[-1]], dim=-1)
     even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)  # (..., R) each
     cos, sin = angle.cos(), angle.sin()
@@ -1684,13 +1707,13 @@ def add_outer(ssm: Tensor, weight: Tensor, value: Tensor, key: Tensor) -> Tensor
 
 
 def empty_state(like: Tensor, batch, heads, channels, state, angles) -> ScanState:
-    """The state before a text's first token: zeros, for B, H, P, N, R."""
+    """The state before a text's first token, zeros; sizes are B, H, P, N and R, in this order."""
     zeros = partial(like.new_zeros, batch, heads)
     return ScanState(zeros(angles), zeros(channels, state), zeros(state), zeros(channels))
 
 
 def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
-    """ScanInputs with keys and queries biased and turned, angles added up, steps in two parts."""
+    """The equations' terms: angles added up, keys and queries biased and turned, steps shared."""
     step_size = inputs.step_size
     dtype = step_size.dtype
     if state is None:
@@ -1704,7 +1727,7 @@ def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
     if inputs.angle_rate is not None:
         rate = math.pi * torch.tanh(inputs.angle_rate.to(dtype))
         turn = rate.unsqueeze(2) * step_size.unsqueeze(-1)
-        if turn.shape[1] > 1:  # of one token, none is needed; on GPUs it has no deterministic form
+        if turn.shape[1] > 1:  # one token needs no sum, which is not deterministic on GPUs
             turn = turn.cumsum(dim=1)
         angle = angle + turn
         key, query = (rotate_pairs(x, angle) for x in (key, query))
@@ -1717,7 +1740,7 @@ def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
 
 
 def finish_scan(inputs: ScanInputs, terms: ScanTerms, y: Tensor, ssm: Tensor):
-    """Adds the skip D v to y = S q (B, L, H, P), gates it, and puts the state left together."""
+    """Adds the skip D v to y = S q (B, L, H, P) and gates it; returns that, and the ScanState."""
     y = y + inputs.skip.to(y.dtype).unsqueeze(-1) * terms.value
     y = (y * F.silu(inputs.gate.to(y.dtype))).to(inputs.value.dtype)
     angle = terms.angle[:, -1] % (2 * math.pi)
@@ -1725,10 +1748,12 @@ def finish_scan(inputs: ScanInputs, terms: ScanTerms, y: Tensor, ssm: Tensor):
 
 
 def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
-    """The recurrence as written, the others' reference: gated outputs (B, L, H, P), state left."""
+    """The recurrence as written, all others' reference: gated outputs (B, L, H, P) in value's
+    dtype, and the state that the last token leaves. state: the one before these tokens, or None.
+    """
     terms = scan_terms(inputs, state)
     decay = inputs.log_decay.exp()
-    if inputs.document_start is not None:  # no decay could be stronger: the state is forgotten
+    if inputs.document_start is not None:  # a document begins by forgetting all of the state
         decay = decay.masked_fill(inputs.document_start.unsqueeze(-1), 0.0)
     _, ssm, last_key, last_value = terms.state
     outputs = []
@@ -1813,7 +1838,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     return finish_scan(inputs, terms, y, ssm)
 
 
-# Of each Mamba, the fastest on a GPU first; the last one is the reference. fused: the published
+# By MAMBA_VERSION, the fastest on a GPU first; the last one is the reference. fused: the published
 # libraries' kernels (section 12); triton: our own (section 11).
 SCAN_BACKENDS = {
     1: ("fused", "parallel", "sequential"),
@@ -1821,7 +1846,7 @@ SCAN_BACKENDS = {
     3: ("triton", "chunked", "sequential"),
 }
 FOR_GPUS = ("fused", "triton")
-ADDS_IN_ORDER = ("triton", "parallel")  # the same bits every time, on GPUs too
+ADDS_IN_ORDER = ("triton", "parallel")  # give the same bits every time, on GPUs too
 
 
 def choose_scan_backend(settings, device: torch.device) -> str:
@@ -1831,9 +1856,9 @@ def choose_scan_backend(settings, device: torch.device) -> str:
     reasons = {name: why_not(name, settings, device) for name in names}
     usable = [name for name in names if not reasons[name]]
     if wanted == "auto":
-        # Without its library, the first Mamba is many times slower on a GPU: that is not taken.
+        # Without its library, the first Mamba is many times slower on a GPU: the error says to
+        # install it. A CPU could only interpret what is for GPUs: that is not chosen either.
         install = settings.mamba_version == 1 and isinstance(reasons["fused"], LacksLibrary)
-        # Nor is what a CPU would have to interpret.
         chosen = [name for name in usable if device.type == "cuda" or name not in FOR_GPUS]
         wanted = names[0] if install or not chosen else chosen[0]
     reason = reasons.get(wanted, f"is no backend of MAMBA_VERSION={settings.mamba_version}")
@@ -1861,20 +1886,20 @@ def why_not(name: str, settings, device: torch.device) -> str:
 #
 #     block:  x = keep·x + mix·embedded;  x = x + mixer(norm(x));  x = x + MLP(norm(x))
 #
-# A mixer is Attention or Mamba: what carries anything from token to token. Weights are float32,
-# activations as PRECISION says. Depth recurrence is another order of the blocks. All go by
-# Model.through_blocks(): whole windows from forward(); with every mixer's state, a stream's next
-# part from resume(), and each text's next token from step().
+# A mixer, Attention or Mamba, is what carries anything from token to token. Weights are float32,
+# activations as PRECISION says. Depth recurrence is another order of the blocks. Every pass goes
+# through Model.through_blocks(): whole windows by forward(); and, with every mixer's state, a
+# stream's next part by resume() and each text's next token by step().
 
 SDPA_KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-VARIABLE_LENGTH = ("flash", "fa2", "fa3")  # they keep documents apart by their lengths
+VARIABLE_LENGTH = ("flash", "fa2", "fa3")  # keep documents apart by their lengths
 GATE_INPUTS = 16  # channels of an attention layer's input that its gates read
-STEP_RANK = 16  # numbers of which the first Mamba's dt_proj makes step sizes: its dt_rank
-EAGER_STEPS = 2  # of a generation on a GPU, before its kernels are recorded
+STEP_RANK = 16  # the first Mamba's dt_rank: numbers from which dt_proj makes step sizes
+EAGER_STEPS = 2  # of generate() on a GPU, before its kernels are recorded
 
 
 def initial(kind: str, *shape: int) -> Tensor:
-    """How a kind of parameter begins, float32; a new block adds nothing and learns what to add."""
+    """A new parameter, float32. Output matrices begin as zeros: a new block adds nothing yet."""
     x = torch.zeros(shape)
     match kind:
         case "zero":  # output matrices of mixers and MLPs, gates, biases of convolutions
@@ -1896,25 +1921,25 @@ def initial(kind: str, *shape: int) -> Tensor:
 
 
 class Documents(NamedTuple):
-    """Where documents end in a batch of windows, in the forms that layers ask for."""
+    """Where documents begin in a batch of windows, in the forms that layers ask for."""
 
-    reach: Tensor  # (B, T) int32: how many tokens back in the window a token's document reaches
+    reach: Tensor  # (B, T) int32: how many tokens before it, in the window, a token may look at
     blocks: object = None  # for backend flex: its BlockMask
-    edges: Tensor | None = None  # for flash, fa2, fa3: where they begin, by document_edges()
-    crowded: Tensor | None = None  # () bool, likewise: there are more than edges has room for
+    edges: Tensor | None = None  # for flash, fa2, fa3: the first of document_edges()
+    crowded: Tensor | None = None  # for the same, () bool: edges has no room for all documents
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass shares: T tokens, or T of a stream after O others.
+    """What every block of one forward pass shares, of windows of T tokens, or a stream's next T.
 
-    Scans and convolutions read all of a stream's part. Attention reads it in windows of L tokens,
-    TRAIN_SEQ_LEN, that overlap by O: places count from the first of the O tokens.
+    Scans and convolutions read all T tokens of a stream. Attention reads windows of L tokens,
+    TRAIN_SEQ_LEN, which overlap by O; places count from the first of the O tokens before the T.
     """
 
     document_start: Tensor | None  # (B, T) bool, where scans forget; None: nowhere
     turns: Tensor  # rotary_turns() of T places, or of L after a state
     reach: Tensor | None = None  # Documents.reach, where convolutions end; None: nowhere
-    documents: Documents | None = None  # where attention ends, in its windows
+    documents: Documents | None = None  # where attention ends, in its windows; None: nowhere
     attention_backend: str = "auto"
     windows: Tensor | None = None  # of a stream, (W, L) int64: the places that each window reads
     outputs: Tensor | None = None  # (T,) int64, where each token's query is, in windows row by row
@@ -1922,17 +1947,17 @@ class Context(NamedTuple):
 
 
 def compact(x: Tensor) -> Tensor:
-    """A copy with the strides that compiled blocks ask for, which keeps no larger tensor alive."""
+    """A contiguous copy: compiled blocks want its strides, and it keeps no larger tensor alive."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[Tensor, Tensor]:
     """Context's windows and outputs, for `length` tokens after `overlap` earlier ones.
 
-    A window of `size` tokens has size - overlap new ones, which divide length. Where only seen,
-    () int64, earlier tokens exist, windows begin at the stream's first token, and instead hold more
-    tokens after the new ones, which causal attention leaves out. With two earlier tokens e, four
-    new ones, size 4, as places; and at a stream's beginning, where e do not exist:
+    A window of `size` tokens has size - overlap new ones, a number that divides length. If only
+    `seen`, () int64, of the earlier tokens exist, windows begin at the stream's first token and are
+    filled up with later ones, at which causal attention does not look. With two earlier tokens e,
+    four new ones and size 4, as places; and at a stream's beginning, where e do not exist:
 
         e0 e1 n0 n1         windows [0 1 2 3] [2 3 4 5], outputs 2 3 6 7
               n0 n1 n2 n3   windows [2 3 4 5] [2 3 4 5], outputs 0 1 6 7
@@ -1947,29 +1972,29 @@ def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[
 
 
 class Linear(nn.Linear):
-    """y = W x in x's dtype, of float32 weights; Muon trains them. zero: an output matrix."""
+    """y = W x in x's dtype. W is float32; Muon trains it. zero: W begins as zeros."""
 
-    row_groups: tuple[int, ...] = ()  # rows of each part that Muon takes as a matrix of its own
-    dynamics_rows: int = 0  # how many of the last ones steer a recurrence: 8 bits in the artifact
+    row_groups: tuple[int, ...] = ()  # numbers of rows that Muon takes as matrices of their own
+    dynamics_rows: int = 0  # the last rows that steer a recurrence: 8 bits each in the artifact
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
         self.weight = nn.Parameter(initial("zero" if zero else "matrix", out_features, in_features))
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """W (scale·x) of x (..., in): a factor scale (..., 1) of the whole row may follow W."""
+        """W (scale·x) of x (..., in); scale (..., 1), one factor for a row, is applied after W."""
         y = F.linear(x, self.weight.to(x.dtype))
         return y if scale is None else (y * scale).to(x.dtype)
 
     def effective_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What W is applied to by forward(x, scale), float32 or more: GPTQ's Hessian is of it."""
+        """What forward(x, scale) multiplies W by, float32 or more: GPTQ's Hessian is made of it."""
         return widened(x) if scale is None else widened(x) * scale
 
 
 def find_documents(start: Tensor, backend: str) -> Documents:
-    """The Documents that a backend wants of windows; start (B, T) bool: a token begins a document.
+    """The Documents of windows for an attention backend; start (B, T) bool: one begins here.
 
-    A window's first token always does. Shapes follow from B and T: one graph serves all texts.
+    A window's first token always begins one. Shapes depend on B and T alone: one graph serves all.
     """
     position = torch.arange(start.shape[1], device=start.device, dtype=torch.int32)
     reach = position - torch.where(start, position, 0).cummax(dim=1).values
@@ -1985,7 +2010,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents, backend: str) -
 
     query (B, T, heads, D), as the result; key and value (B, T, kv heads, D), where query head h
     reads key/value head h // (heads / kv heads): grouped queries (arXiv 2305.13245). s is of t's
-    document; without documents (None), any. "auto" takes SDPA's kernels in the process's order.
+    document; without documents (None), any. Backend "auto" is SDPA in prepare_torch()'s order.
     """
     if backend == "math":
         return attend_by_formula(query, key, value, documents)
@@ -1995,14 +2020,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents, backend: str) -
     heads_first = [x.transpose(1, 2) for x in (query, key, value)]  # (B, heads, T, D)
     if backend == "flex":
         return attend_by_blocks(*heads_first, documents).transpose(1, 2)
-    # Within the graph, since the compiler's cache knows no choices outside of graphs.
+    # Chosen within the graph: the compiler's cache does not see choices made outside of it.
     with nullcontext() if backend == "auto" else sdpa_kernel(SDPA_KERNELS[backend]):
         y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
 def attend_by_formula(query: Tensor, key: Tensor, value: Tensor, documents) -> Tensor:
-    """attend()'s reference, in float32 or more; of S >= T keys, the last T are the queries' own."""
+    """attend()'s reference, in float32 or more. Of S >= T keys, the last T stand at the queries."""
     shared = query.shape[2] // key.shape[2]  # query heads that read one key head
     key, value = (x.repeat_interleave(shared, dim=2) for x in (key, value))
     q, k, v = (widened(x).transpose(1, 2) for x in (query, key, value))  # (B, heads, T or S, D)
@@ -2020,7 +2045,7 @@ def choose_attention_backend(settings, device: torch.device) -> str:
     """ATTENTION_BACKEND, or what "auto" stands for; UserError if it cannot run on this device."""
     backend = settings.attention_backend
     if device.type == "meta":
-        return "math"  # a skeleton, which computes nothing
+        return "math"  # for a skeleton, which computes nothing
     if backend == "auto" and settings.confines_documents:
         flex = replace(settings, attention_backend="flex")
         return "math" if attention_problem(flex, device) else "flex"
@@ -2038,8 +2063,8 @@ def rotary_turns(positions: Tensor, frequencies: Tensor) -> Tensor:
 def rotary(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) of x (B, T, heads, D), in its dtype.
 
-    Entries i and R + i < 2R of a head are turned as a point of the plane, the rest is not. Products
-    of queries and keys then depend on their distance, not on where they stand.
+    turns: (2, T, R). Entries i and R + i of a head, for i < R, are turned as a point of the plane,
+    the rest is not. Products of queries and keys then depend on their distance alone.
     """
     pairs = turns.shape[-1]
     cos, sin = turns[:, :, None].to(x.dtype)  # (T, 1, R): every head turns alike
@@ -2050,17 +2075,18 @@ def rotary(x: Tensor, turns: Tensor) -> Tensor:
 class AttentionState(NamedTuple):
     """What attention keeps of the last tokens of a stream, for those that follow."""
 
-    key: Tensor  # (B, kept, kv heads, D), normed, not turned: their positions will be others
+    key: Tensor  # (B, kept, kv heads, D), normed; not turned yet, as their places will change
     value: Tensor  # (B, kept, kv heads, D)
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention with normed queries and keys and a gate on every head.
 
-    Scores stay bounded as queries and keys are RMS-normed (QK norm, arXiv 2010.04245); queries take
-    a learned gain per head for the lost length. Twice a sigmoid gates each head's output (arXiv
-    2505.06708, of the first channels only, as in modded-nanogpt): softmax alone lets no head be
-    silent. An exclusive layer (XSA_LAST_N) takes out what lies along the token's own value.
+    Queries and keys are RMS-normed, so that scores stay bounded (QK norm, arXiv 2010.04245); a
+    learned gain per head stands in for the queries' lost length. A gate, twice a sigmoid of the
+    first GATE_INPUTS channels, multiplies each head's output (arXiv 2505.06708; the channels as in
+    modded-nanogpt): by softmax alone, no head could be silent. An exclusive layer (XSA_LAST_N)
+    takes out of the output what lies along the token's own value.
     """
 
     def __init__(self, settings, exclusive: bool = False):
@@ -2077,7 +2103,7 @@ class Attention(nn.Module):
         self.gate = nn.Parameter(initial("zero", settings.num_heads, min(GATE_INPUTS, width)))
 
     def forward(self, x: Tensor, context: Context, state=None) -> tuple[Tensor, AttentionState]:
-        """As Block asks of a mixer. With a state, the kept tokens' keys stand before x's."""
+        """A mixer's forward(), see Block. With a state, the kept tokens' keys stand before x's."""
         linears = (self.query, self.key, self.value)
         query, key, value = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in linears)
         query = norm(query) * self.query_gain.to(x.dtype)[:, None]  # (B, T, heads, D)
@@ -2089,9 +2115,9 @@ class Attention(nn.Module):
             state = AttentionState(key[:, x.shape[1] :], value[:, x.shape[1] :])
         if context.windows is not None:
             kept = key.shape[1] - x.shape[1]
-            query = F.pad(query, (0, 0, 0, 0, kept, 0))  # nobody asks again for earlier tokens
+            query = F.pad(query, (0, 0, 0, 0, kept, 0))  # earlier tokens' outputs are not wanted
             query, key, value = (y[0, context.windows] for y in (query, key, value))  # (W, L, ...)
-        query = rotary(query, context.turns[:, -query.shape[1] :])  # they stand at the last places
+        query = rotary(query, context.turns[:, -query.shape[1] :])  # queries have the last places
         key = rotary(key, context.turns)
         y = attend(query, key, value, context.documents, context.attention_backend)
         if context.windows is not None:
@@ -2127,10 +2153,10 @@ class ShortConv(nn.Module):
         self.bias = nn.Parameter(initial("zero", channels))
 
     def forward(self, x: Tensor, reach=None, fused=False, before=None) -> tuple:
-        """x (B, T, channels) -> same shape, within documents or, if fused, by causal_conv1d.
+        """x (B, T, channels) -> the outputs, same shape, and the next call's `before`, or None.
 
-        reach: Documents.reach or None. before: (B, width - 1, channels), what stands before x, or
-        None; what stands before the next tokens is returned, without other documents'.
+        reach: Documents.reach, to stay within documents, or None. before: the inputs (B, width - 1,
+        channels) that precede x, or None. fused: by causal_conv1d, if there is no reach.
         """
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         length, last = x.shape[1], weight.shape[1] - 1
@@ -2157,15 +2183,16 @@ class MambaState(NamedTuple):
     """What a Mamba layer keeps of a stream for the tokens that follow."""
 
     scan: ScanState | Tensor  # a Tensor in the first Mamba: (B, inner, N)
-    inputs: Tensor | None  # (B, taps - 1, channels), the short convolution's last ones
+    inputs: Tensor | None  # (B, taps - 1, channels), the last ones of the short convolution
 
 
 class Mamba(nn.Module):
     """A state-space mixer: out_proj(norm(y)), where section 4's recurrence makes y of in_proj(u).
 
-    Mamba-2 convolves value, key and query. The first Mamba makes step sizes, keys and queries of
-    the convolved value, its heads are single channels (see selective_scan()), and its y is not
-    normed: the newer ones' would grow a hundredfold in training's first steps. Names: the papers'.
+    Mamba-2 convolves value, key and query first. The first Mamba convolves the value, and makes
+    step sizes, keys and queries of that; its heads are single channels (see selective_scan()), and
+    its y is not normed. The newer ones' y would grow a hundredfold in training's first steps.
+    Parameters have the papers' names.
     """
 
     def __init__(self, settings, scan_backend: str):
@@ -2176,7 +2203,7 @@ class Mamba(nn.Module):
         heads = inner // channels
         self.backend = scan_backend
         longest = max(16, 1 << (s.train_seq_len - 1).bit_length())
-        self.chunk_size = min(s.mamba_chunk_size, longest)  # beyond a window, all would be padding
+        self.chunk_size = min(s.mamba_chunk_size, longest)  # more than a window would be padding
         self.heavy_tail = s.mamba_decay == "heavy_tail"
         angles = n // 4 if version == 3 else 0
         self.sizes = MambaSizes(heads, channels, n, angles, version)
@@ -2204,7 +2231,7 @@ class Mamba(nn.Module):
         self.conv = ShortConv(convolved, s.mamba_d_conv) if version < 3 else None
 
     def forward(self, u: Tensor, context: Context, state=None) -> tuple[Tensor, MambaState]:
-        """As Block asks of a mixer; single tokens by the recurrence as it stands."""
+        """A mixer's forward(), see Block; single tokens go by sequential_scan()."""
         backend = "sequential" if u.shape[1] == 1 else self.backend
         if "in_proj" in context.float8:
             projected = float8_linear(u, self.in_proj.weight)  # (B, L, columns)
@@ -2222,12 +2249,12 @@ class Mamba(nn.Module):
             return self.out_proj(y), MambaState(scan, inputs)
         tensors = (projected, self.scan_parameters(), self.sizes, start, scan)
         y, mean_square, scan = mamba_scan(*tensors, backend, self.chunk_size)
-        # The norm has no weight, so that its factor may follow out_proj: no pass over y.
+        # The norm has no weights: its factor is applied after out_proj, which saves a pass over y.
         scale = (mean_square + SCAN_NORM_EPS).rsqrt().unsqueeze(-1)
         return self.out_proj(y, scale), MambaState(scan, inputs)
 
     def scan_parameters(self) -> MambaParameters:
-        """What Mamba-2 or Mamba-3 has learned, by the recurrence's names."""
+        """What Mamba-2 or Mamba-3 has learned, under the names that section 4 uses."""
         if self.sizes.version == 3:
             learned = (self.B_bias, self.C_bias, self.B_norm, self.C_norm)
             return MambaParameters(self.dt_bias, self.D, *learned, heavy_tail=self.heavy_tail)
@@ -2235,7 +2262,7 @@ class Mamba(nn.Module):
         return MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=-self.A_log.exp())
 
     def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> MambaState:
-        """The state before a text's first token: zeros, of one size however long the text gets."""
+        """The state before a text's first token, zeros. Its size does not depend on `kept`."""
         inputs = None
         if self.conv is not None:
             channels, taps = self.conv.weight.shape
@@ -2246,7 +2273,7 @@ class Mamba(nn.Module):
         return MambaState(empty_state(self.D, batch, heads, channels, state, angles), inputs)
 
     def selective(self, projected: Tensor, start, state, backend: str) -> tuple[Tensor, Tensor]:
-        """The first Mamba's part: (B, L, 2·inner) -> (B, L, inner), and its state (B, inner, N)."""
+        """The first Mamba between its projections: (B, L, 2·inner) -> (B, L, inner), and state."""
         n = self.sizes.state
         gate, value = projected.chunk(2, dim=-1)
         low_rank, key, query = self.x_proj(value).tensor_split([-2 * n, -n], dim=-1)
@@ -2268,7 +2295,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, input_scale: float = 1.0) -> Tensor:
         """x (B, T, width), the residual stream -> what the layer adds to it, same shape.
 
-        Without gradients by the formula, for GPTQ sees what the matrices get.
+        Without gradients by the formula: GPTQ has to see what the matrices multiply.
         """
         if self.can_fuse and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
             return self.fused(x, input_scale)
@@ -2287,10 +2314,10 @@ class MLP(nn.Module):
         return y.view(x.shape)
 
     def in_float8(self, x: Tensor, input_scale: float) -> Tensor:
-        """forward() by the same kernels, of factors in 8 bits, with section 11's letters.
+        """forward() by kernels that multiply 8-bit floats; letters are those of section 11.
 
-        up's product is a = size · 4 sqrt(width) · input_scale, size being W_up8's, where v8 is
-        USUAL. f, of second degree, is 4 a^2 f8; float8_mlp() has brought in one size.
+        Where v8 is USUAL, u is a = size · 4 sqrt(width) · input_scale, `size` bringing W_up8 back.
+        f is of second degree, so f(u) = 4 a^2 f8; one size is in float8_mlp()'s result already.
         """
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
@@ -2305,18 +2332,20 @@ class Block(nn.Module):
 
     To add a mixer, write a class beside Attention and Mamba with these methods:
 
-    - forward(x, context, state=None): x (B, T, width), normed, to what is added to the residual
-      stream, and the state after x. No token may depend on a later one, nor on one of another
-      document (context says where). A state comes with a token in generate() and with a stream's
-      part in EVAL_MODE=stateful. It has to compile as one graph;
-    - new_state(batch, kept, dtype): the state of no tokens, a NamedTuple of tensors whose shapes
-      stay; of kept tokens attention keeps keys and values, in dtype, the activations'.
+    - forward(x, context, state=None): takes x (B, T, width), normed; returns what is added to the
+      residual stream, and the state after x. No token may depend on a later one, nor on one of
+      another document (context says where these begin). generate() gives a state with each token,
+      EVAL_MODE=stateful with each part of a stream. It has to compile as one graph;
+    - new_state(batch, kept, dtype): the state before any token, a NamedTuple of tensors whose
+      shapes never change. Attention keeps the keys and values of `kept` tokens in it, as dtype, the
+      activations'.
 
-    Choose it below, by a setting in the group "model" (what older files mean: FORMER_DEFAULTS). Its
-    matrices are Linear, the last with zero=True: Muon trains them, GPTQ quantizes them. Others
-    begin as initial() says, and are Adam's. Names decide the rest: *_proj has Mamba's rate
-    (parameter_kind()) and kind (KINDS); x_proj, dt_proj and a Linear's last dynamics_rows have 8
-    bits (grid_limits()); .D, .dt_bias float32 (float_type()). Add it to VARIANTS of two tests.
+    Choose it below, by a setting in the group "model" (and say in FORMER_DEFAULTS what older files,
+    which lack it, mean). Its matrices are Linear, the last with zero=True: Muon trains them, GPTQ
+    quantizes them. Other parameters begin as initial() says, and Adam trains them. Names decide the
+    rest: *_proj has Mamba's rate (parameter_kind()) and kind (KINDS); x_proj, dt_proj and the last
+    dynamics_rows of in_proj have 8 bits (grid_limits()); .D and .dt_bias stay float32
+    (float_type()). Add it to VARIANTS of tests/test_model.py and tests/test_generate.py.
     """
 
     def __init__(self, settings, layer: int, scan_backend: str, device: torch.device):
@@ -2325,8 +2354,8 @@ class Block(nn.Module):
         has_mamba = layer in parse_layers(settings, "mamba_layers")
         self.mixer = Mamba(settings, scan_backend) if has_mamba else Attention(settings, exclusive)
         self.mlp = MLP(settings, device) if layer in parse_layers(settings, "mlp_layers") else None
-        self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # x alone, as yet
-        self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0  # deeper adds less
+        self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # keep x, mix in nothing yet
+        self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0  # less if deeper
 
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state=None) -> tuple:
         """x, embedded (B, T, width) -> the residual stream after this block, the mixer's state."""
@@ -2341,24 +2370,24 @@ class Block(nn.Module):
 
 
 class TextState(NamedTuple):
-    """What the tokens of a batch of texts so far leave to the next ones: see Model.step()."""
+    """What Model.step() has to know of the earlier tokens of a batch of texts."""
 
     previous: Tensor  # (B, 1) int64, the last tokens, for bigrams; BOS before the first
-    seen: Tensor  # (B, 1) int32, how many of the last tokens the next one's attention sees
+    seen: Tensor  # (B, 1) int32, how many of the last tokens attention may look at next
     layers: list  # each mixer's state, in the order in which they run
 
     def take(self, place: int):
-        """The state of the mixer at this place in the order."""
+        """The state of the mixer at this place in the order of layers."""
         return self.layers[place]
 
     def put(self, place: int, left):
-        """Writes what that mixer left into the same memory."""
+        """Writes the state that the mixer at this place left over the one before, in place."""
         for old, new in zip(tensors_of(self.layers[place]), tensors_of(left), strict=True):
             old.copy_(new)
 
 
 class Model(nn.Module):
-    """Tokens to hidden states by forward(); logits() and nats() read those out."""
+    """forward() turns tokens into hidden states; logits() and nats() turn these into scores."""
 
     def __init__(self, settings, device: torch.device, scan_backend: str = "sequential"):
         super().__init__()
@@ -2383,7 +2412,7 @@ class Model(nn.Module):
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = s.rope_base ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
         positions = torch.arange(s.train_seq_len, dtype=torch.float32)
-        # A table, or each kernel would compute it anew.
+        # Kept as a table, since each compiled kernel would compute it anew.
         self.register_buffer("rotary_table", rotary_turns(positions, frequencies), persistent=False)
         masked = s.mask_impossible_pairs and device.type != "meta"  # a skeleton computes nothing
         impossible = packed_pairs(s.tokenizer_path, s.vocab_size) if masked else None
@@ -2426,14 +2455,14 @@ class Model(nn.Module):
     def through_blocks(
         self, embedded: Tensor, order: tuple, context: Context, states=None, run_block=None
     ) -> Tensor:
-        """Embedded tokens (B, T, width) through the blocks in this order, and normed.
+        """Hidden states (B, T, width) of embedded tokens (B, T, width): all blocks, then a norm.
 
         With UNET_SKIPS, what leaves each layer of the first half enters one of the second, times a
-        learned weight: the last takes the first's, as in a U-net. states.take(place) is the state
-        of the mixer at that place in the order before these tokens, states.put(place, state) gets
-        the one after them. run_block: Block.forward, compiled.
+        learned weight: the last takes the first's, as in a U-net. states.take(place) gives the
+        state before these tokens of the mixer at that place in the order; states.put(place, state)
+        gets the one after them. run_block: Block.forward, compiled.
         """
-        x = embedded.clone()  # compiled blocks would be compiled anew for one tensor in two roles
+        x = embedded.clone()  # x and embedded as one tensor would have blocks compiled once more
         half = len(order) // 2 if self.settings.unet_skips else 0
         second_half = len(order) - half
         skips = []
@@ -2442,8 +2471,8 @@ class Model(nn.Module):
                 x = x + self.skip_weights[place - second_half].to(x.dtype) * skips.pop()
             state = None if states is None else states.take(place)
             block = self.blocks[layer]
-            run = partial(run_block, block) if run_block else block
-            x, state = run(x, embedded, context, state)
+            forward = partial(run_block, block) if run_block else block
+            x, state = forward(x, embedded, context, state)
             if states is not None:
                 states.put(place, state)
             if place < half:
@@ -2453,12 +2482,12 @@ class Model(nn.Module):
     def resume(self, tokens: Tensor, seen: Tensor, order: tuple, states, run_block=None) -> Tensor:
         """Hidden states (1, T, width) of part of a stream, from the states that came before it.
 
-        tokens (1, O + T) int64: the part after O others, the overlap of attention's windows; only
-        the last seen, () int64, of them exist. T is a multiple of TRAIN_SEQ_LEN - O.
+        tokens (1, O + T) int64: the part, after the O tokens by which attention's windows overlap,
+        of which only the last `seen`, () int64, exist. T is a multiple of TRAIN_SEQ_LEN - O.
         """
         overlap = self.settings.attention_overlap
         missing = torch.arange(tokens.shape[1], device=tokens.device) < overlap - seen
-        tokens = tokens.masked_fill(missing, BOS_ID)  # the first one's pair is that with BOS, too
+        tokens = tokens.masked_fill(missing, BOS_ID)  # before a text stands BOS, as in embed()
         embedded = compact(self.embed(tokens[:, overlap - 1 :])[:, 1:])
         begun = tokens == BOS_ID
         own = begun[:, overlap:]
@@ -2467,8 +2496,8 @@ class Model(nn.Module):
         windows, outputs = stream_windows(seen, overlap, embedded.shape[1], size)
         reach = documents = None
         if self.settings.confines_documents:
-            # For convolutions, over the part: documents that began before it reach to all that
-            # states hold. For attention, documents are found in each window by itself.
+            # Convolutions read the whole part: a document that began before it reaches back over
+            # all that their states hold. Attention's documents are found in each of its windows.
             reach = find_documents(own, "math").reach
             reach = reach.masked_fill(own.cumsum(dim=1) == 0, tokens.shape[1])
             documents = find_documents(begun[0, windows], backend)
@@ -2476,7 +2505,7 @@ class Model(nn.Module):
         return self.through_blocks(embedded, order, context, states, run_block)
 
     def new_states(self, order: tuple[int, ...], batch: int = 1, kept: int | None = None) -> list:
-        """Every mixer's first state, by place; attention keeps `kept` tokens, or its overlap."""
+        """Every mixer's state before a text, by place: of `kept` tokens, or attention's overlap."""
         kept = self.settings.attention_overlap if kept is None else kept
         mixers = [self.blocks[layer].mixer for layer in order]
         return [mixer.new_state(batch, kept, self.compute_dtype) for mixer in mixers]
@@ -2491,8 +2520,8 @@ class Model(nn.Module):
     def step(self, tokens: Tensor, order: tuple[int, ...], state: TextState) -> Tensor:
         """Hidden states (B, 1, width) of each text's next token (B, 1) int64.
 
-        Attention sees the last TRAIN_SEQ_LEN tokens, or as many as there are. The state stays in
-        its memory: a step can be a CUDA graph.
+        Attention sees the last TRAIN_SEQ_LEN tokens, or as many as there are. The state is changed
+        in place, so that a step can be recorded as a CUDA graph.
         """
         embedded = self.embed(torch.cat([state.previous, tokens], dim=1))[:, 1:]
         start = tokens == BOS_ID if self.settings.document_reset else None
@@ -2505,12 +2534,12 @@ class Model(nn.Module):
         return hidden
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Normed embeddings (B, T, width) of tokens (B, T), and of the pairs that they end."""
+        """Normed embeddings (B, T, width) of tokens (B, T), each with that of the pair it ends."""
         s = self.settings
         x = self.embedding(tokens).to(self.compute_dtype)
         if s.bigram_vocab_size:
             before = F.pad(tokens[:, :-1], (1, 0), value=BOS_ID)
-            mixed = (before * 36_313) ^ (tokens * 27_191)  # what begins a document has row 0
+            mixed = (before * 36_313) ^ (tokens * 27_191)  # a hash; where BOS ends the pair, row 0
             row = (mixed % (s.bigram_vocab_size - 1) + 1).masked_fill(tokens == BOS_ID, 0)
             bigram = self.bigram_proj(self.bigram_embedding(row).to(x.dtype))
             x = x + bigram * self.bigram_scale.to(x.dtype)
@@ -2531,7 +2560,7 @@ class Model(nn.Module):
         return logits.masked_fill(unpacked_pairs(self.impossible[tokens], logits.shape[-1]), -cap)
 
     def nats(self, hidden: Tensor, targets: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """-ln p of each target (B, T), float32, from hidden (B, T, width); tokens for logits()."""
+        """-ln p of each target (B, T), float32, from hidden (B, T, width); tokens: see logits()."""
         rows, flat = hidden.flatten(0, 1), targets.flatten()
         if hidden.is_cuda and triton and self.head_branch is None:
             weight, cap = self.output_matrix.to(hidden.dtype), self.settings.logit_softcap
@@ -2543,7 +2572,7 @@ class Model(nn.Module):
         return nats.view(targets.shape)
 
     def score(self, tokens: Tensor, targets: Tensor, order: tuple, float8: str = "none") -> Tensor:
-        """Nats of each target (B, T), which follow tokens (B, T)."""
+        """Nats of each target (B, T), the token that follows each of tokens (B, T)."""
         return self.nats(self(tokens, order, float8), targets, tokens)
 
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple, float8: str = "none") -> Tensor:
@@ -2551,23 +2580,22 @@ class Model(nn.Module):
         return self.score(tokens, targets, order, float8).mean()
 
 
-# ---- Tokens that are spelt alike
-#
-# "The", " the" and "them" are rows of their own in the embedding, and a rare one learns little.
+# ---- Tokens that are spelt alike -----------------------------------------------------------------
+# "The", " the" and "them" have rows of their own in the embedding, and a rare one learns little.
 # With SPELLING_FEATURES a row is trained as
 #
 #     row = own + 0.4 · sum of n_f v_f / sqrt(sum of n_f²),      f in its spelling, n_f times
 #
 # where each feature f of a spelling, such as the letters "the" or a space in front, has a vector
-# v_f that all tokens with it train. After training the sum takes the row's place: the artifact
-# holds no more than without, and only the tokenizer says what is shared.
+# v_f, which all tokens with that feature train. After training the sums replace the rows: the
+# artifact gets no larger, and needs nothing but the rows.
 
 SPELLING_SCALE = 0.4  # of the shared part, beside the token's own
-SHARED_NAMES = "embedding.parametrizations."  # so begin torch's names of both parts
+SHARED_NAMES = "embedding.parametrizations."  # torch's names of both parts begin so
 
 
 def spelling_of(piece: str) -> list[str]:
-    """What a piece shares by its spelling: space, capital, word, groups of two to four letters.
+    """The features of a piece's spelling: space, capital, word, groups of two to four letters.
 
     >>> spelling_of("▁It")
     ['space', 'capital', 'word:it', '<i', 'it', 't>', '<it', 'it>', '<it>']
@@ -2583,10 +2611,10 @@ def spelling_of(piece: str) -> list[str]:
 
 
 def spelling_matrix(tokenizer, most: int) -> Tensor:
-    """Which token has which feature how often, float32 (V, features), rows scaled as above.
+    """How often each token has each feature, float32 (V, features), with rows scaled as above.
 
-    Features are those of several tokens, the most frequent `most` of them, in one order in every
-    process. Controls and bytes have none, and rows of 0.
+    Features that only one token has are left out; of the others, the `most` most frequent are
+    taken, in the same order in every process. Rows of control tokens and bytes are 0.
     """
     found = [collections.Counter() for _ in tokenizer.pieces]
     for token in np.flatnonzero(tokenizer.is_text):
@@ -2601,7 +2629,7 @@ def spelling_matrix(tokenizer, most: int) -> Tensor:
 
 
 class SharedBySpelling(nn.Module):
-    """Adds to a table (V, width) what its rows share: matrix (V, features) by learned vectors."""
+    """Adds to a table (V, width) what rows share: a matrix (V, features) times learned vectors."""
 
     def __init__(self, matrix: Tensor, width: int):
         super().__init__()
@@ -2614,7 +2642,7 @@ class SharedBySpelling(nn.Module):
 
 
 def share_by_spelling(model: Model):
-    """Gives the embedding of a model that is to be trained its shared part, of zeros."""
+    """Gives the embedding a shared part, of zeros, before training: the model computes the same."""
     s = model.settings
     matrix = spelling_matrix(Tokenizer(s.tokenizer_path, s.vocab_size), s.spelling_features)
     matrix = matrix.to(model.embedding.weight.device, model.compute_dtype)
@@ -2623,26 +2651,25 @@ def share_by_spelling(model: Model):
 
 
 def fold_spelling(model: Model):
-    """Puts the sums in the rows' places, where there are any; the model computes the same."""
+    """Replaces rows by the sums, after share_by_spelling(); the model computes the same."""
     if parametrize.is_parametrized(model.embedding):
         parametrize.remove_parametrizations(model.embedding, "weight")
 
 
-# ---- Tokens that BPE never writes side by side
-#
+# ---- Tokens that BPE never writes side by side ---------------------------------------------------
 # BPE merges two neighbours wherever it knows a merge for them, so that many tokens never follow a
-# given one: in the contest's tokenizers 2 % of all pairs, though likely ones (" th" is never
-# followed by "e"). With MASK_IMPOSSIBLE_PAIRS the model need not learn which: their logits are the
-# least there are, -LOGIT_SOFTCAP, and have no gradient. The tokenizer and the token before say
-# which, not the target: it is still a softmax over the whole vocabulary.
+# given one: in the contest's tokenizers only 2 % of all pairs, but pairs that a model would find
+# likely (" th" is never followed by "e"). With MASK_IMPOSSIBLE_PAIRS it need not learn them: their
+# logits are -LOGIT_SOFTCAP, the least there is, and have no gradient. Which ones they are depends
+# on the tokenizer and the token before, not on the target: it is still a softmax over all tokens.
 
 
 def merge_order(tokenizer) -> dict[str, int]:
-    """The pieces that BPE makes and their tokens, in the order of its merges, that of the ids.
+    """The pieces that BPE makes and their tokens, in the order of its merges, which is that of ids.
 
-    Its scores fall by 1 from piece to piece, beginning at 0. User-defined symbols stand before
-    them, all with a score of 0: they are cut out of a text before BPE sees it, are part of no
-    merge, and so may stand beside every token. Empty for other models than BPE's.
+    A BPE model's scores fall by 1 from piece to piece, beginning at 0. User-defined symbols come
+    first, all with a score of 0: they are cut out of a text before BPE sees it, take part in no
+    merge, and may stand beside every token. Empty if the tokenizer is not a BPE model.
     """
     ordinary = np.flatnonzero(tokenizer.is_text)
     scores = np.array(tokenizer.model.GetScore(ordinary.tolist()))
@@ -2654,30 +2681,32 @@ def merge_order(tokenizer) -> dict[str, int]:
 
 
 def last_parts(piece: str, merges: dict[str, int]) -> list[str]:
-    """The two texts that BPE merges last when it makes a piece; of a character, itself."""
+    """The two texts that BPE merges last to make a piece; a single character is its only part."""
     parts = list(piece)
     while len(parts) > 2:
         order = [merges.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
-        place = order.index(min(order))  # the leftmost, if the first merge of the order fits twice
+        place = order.index(min(order))  # the leftmost, if that merge fits in several places
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts
 
 
 class Standing(NamedTuple):
-    """The tokens that begin, or end, with a text for some time, and what ends it in each."""
+    """While BPE makes a token, a text stands at its beginning (or end) until a merge takes it in:
+    the tokens with one such text, and in each the merge that takes it in.
+    """
 
-    tokens: np.ndarray  # int64, in the order in which it ends in them
-    gone: np.ndarray  # float64, the merge that ends it, named by its token; else inf
+    tokens: np.ndarray  # (n,) int64, sorted by gone
+    gone: np.ndarray  # (n,) float64, the token that the merge makes; inf: the text is the token
 
     def after(self, merge: float) -> np.ndarray:
-        """The tokens in which the text is still there after this merge."""
+        """The tokens in which the text still stands by itself after this merge."""
         return self.tokens[np.searchsorted(self.gone, merge, side="right") :]
 
 
 def standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) -> dict:
-    """The Standing of all texts with which tokens begin (side 0) or end (1), by text.
+    """The Standing of every text at the beginning (side 0) or end (1) of tokens, by text.
 
-    halves: last_parts() by piece.
+    halves: last_parts() by piece, of pieces that have two.
     """
     stays = collections.defaultdict(list)
     for piece, token in merges.items():
@@ -2697,14 +2726,14 @@ def standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) ->
 def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
     """Which tokens BPE never puts after which: bool (size, size), the token before first.
 
-    merges: merge_order()'s. Two tokens stay apart unless something at the end of the first and
-    something at the beginning of the second, both there at the same time, make a known merge
-    before they are gone: for each merge, and each way to cut its piece in two, the tokens that end
-    with the left text long enough, times those that begin with the right one long enough.
+    merges: merge_order()'s. Two tokens may be neighbours unless, while BPE makes them, a text at
+    the first's end and one at the second's beginning stand side by side when the merge of the two
+    is due. So for each merge, and each way to cut its piece in two, this rules out all tokens that
+    end with the left text for long enough, before all that begin with the right one so long.
     """
     halves = {piece: last_parts(piece, merges) for piece in sorted(merges, key=len)}
     halves = {piece: parts for piece, parts in halves.items() if len(parts) == 2}
-    latest = collections.defaultdict(lambda: -1)  # of a piece, the last of the order's merges in it
+    latest = collections.defaultdict(lambda: -1)  # by piece, the last in order of its own merges
     for piece, (left, right) in halves.items():
         latest[piece] = max(merges[piece], latest[left], latest[right])
     begins = standing(halves, merges, 0)
@@ -2716,8 +2745,8 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
             right = piece[cut:]
             if left not in ends or right not in begins:
                 continue
-            # BPE works in the order of merges, and on equal ones from the left: one in the first
-            # token comes before this one, one in the second after it.
+            # BPE takes merges in their order, and one that fits twice from left to right: within
+            # the first token sooner than between the two, within the second later.
             first = ends[left].after(max(merge, latest[right]))
             second = begins[right].after(max(merge - 1, latest[left]))
             never[first[:, None], second] = True
@@ -2726,7 +2755,7 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
 
 @cache
 def packed_pairs(tokenizer_path: str, vocab_size: int) -> Tensor:
-    """impossible_pairs() of BPE, uint8 (V, ceil(V / 8)), bit v % 8 of byte v // 8; or UserError."""
+    """impossible_pairs() of BPE, uint8 (V, ceil(V / 8)): bit v % 8 of byte v // 8; or UserError."""
     merges = merge_order(Tokenizer(tokenizer_path, vocab_size))
     problem = f"{tokenizer_path} is no BPE model whose tokens stand in the order of their merges"
     need(merges, f"{problem}: use MASK_IMPOSSIBLE_PAIRS=0")
@@ -2735,13 +2764,13 @@ def packed_pairs(tokenizer_path: str, vocab_size: int) -> Tensor:
 
 
 def unpacked_pairs(packed: Tensor, vocab_size: int) -> Tensor:
-    """Rows of packed_pairs() (..., bytes) as bool (..., V)."""
+    """Rows of packed_pairs(), uint8 (..., bytes), as bool (..., V)."""
     bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)
     return (bits & 1).bool().flatten(-2)[..., :vocab_size]
 
 
 def build_model(settings, ranks) -> Model:
-    """A new model on the rank's device, the same on every rank."""
+    """A new model on the rank's device, from SEED; choose_scan_backend() may raise UserError."""
     torch.manual_seed(settings.seed)
     return Model(settings, ranks.device, choose_scan_backend(settings, ranks.device))
 
@@ -2785,13 +2814,13 @@ def draw_tokens(logits: Tensor, noise: Tensor, temperature: float, top_p: float)
 
     Temperature 0 takes the likeliest; else p = softmax(logits / temperature), of which top_p < 1
     keeps the fewest, likeliest tokens that reach it together (nucleus sampling, arXiv 1904.09751).
-    noise (B, V) is exponential: token i has the largest p / noise with probability p_i / sum p.
+    noise (B, V) is exponential: p_i / noise_i is the largest with a probability of p_i / sum p.
     """
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
     p, token = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     if top_p < 1:
-        # Sums of integers, which are exact in any order; those of the tokens before must not do.
+        # A token is kept unless those before it suffice. Integers add up exactly in any order.
         parts = (p.double() * 2**40).long()
         before = parts.cumsum(dim=-1) - parts
         p = p.masked_fill(before >= int(top_p * 2**40), 0.0)
@@ -2803,9 +2832,9 @@ def draw_tokens(logits: Tensor, noise: Tensor, temperature: float, top_p: float)
 
 
 def parameter_kind(name: str, parameter: Tensor) -> str:
-    """Who trains a parameter, by its name: Muon "matrix" and "mamba_matrix", Adam the others."""
+    """Muon trains kinds "matrix" and "mamba_matrix", Adam "embedding", "head" and "scalar"."""
     if name == "output_embedding.weight":
-        return "head"  # an output matrix of its own
+        return "head"  # the output matrix, where embeddings are not tied to it
     if name.endswith("embedding.weight") or name.startswith(SHARED_NAMES):
         return "embedding"
     if parameter.dim() != 2 or not name.endswith(".weight") or name.endswith("conv.weight"):
@@ -2813,8 +2842,8 @@ def parameter_kind(name: str, parameter: Tensor) -> str:
     return "mamba_matrix" if ".mixer." in name and "_proj." in name else "matrix"
 
 
-# (a, b, c) of each Newton-Schulz step, and of all after: five bring singular values from 0.001
-# to 1 near 1 (Polar Express, arXiv 2505.16932).
+# (a, b, c) of the first Newton-Schulz steps; the last row is for all further ones. Five steps bring
+# singular values between 0.001 and 1 near 1 (Polar Express, arXiv 2505.16932).
 POLAR_EXPRESS = (
     (8.20516, -22.90194, 16.46072),
     (4.06640, -2.86115, 0.51840),
@@ -2823,16 +2852,16 @@ POLAR_EXPRESS = (
     (2.27787, -1.61982, 0.39848),
     (1.875, -1.25, 0.375),
 )
-STEPS_OF_GRAM = 3  # in a row on Gram matrices alone: their rounding errors grow
+STEPS_OF_GRAM = 3  # in a row on Gram matrices alone; by more, their rounding errors would grow
 
 
 def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
-    """The nearest semi-orthogonal matrices, U V^T of each x = U S V^T, up to what steps leave.
+    """About U V^T of each x = U S V^T, the semi-orthogonal matrix nearest to it.
 
-    Of batches (n, rows, columns); float16 on a GPU. A Newton-Schulz step takes x to P x, where
-    G = x x^T and P = a + b G + c G^2: a s + b s^3 + c s^5 of every singular value s. As the next G
-    is P G P, a few steps need it alone, which is small: x is multiplied once, by the product of
-    their P (dao-lab.ai/blog/2026/gram-newton-schulz). All batches' G, padded, go together.
+    batches: (n, rows, columns) each, as the results, float16 on a GPU. A Newton-Schulz step takes x
+    to P x, with G = x x^T and P = a + b G + c G^2: each singular value s to a s + b s^3 + c s^5.
+    The next G is P G P: a few steps work on G alone, which is small, and x is multiplied once, by
+    the product of their P (dao-lab.ai/blog/2026/gram-newton-schulz). All G, padded, go together.
     """
     wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in batches]  # rows <= columns
     # No singular value is larger than the Frobenius norm; 1 % is room for float16's rounding.
@@ -2854,18 +2883,18 @@ def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
 
 
 def shape_factor(x: Tensor) -> float:
-    """sqrt(max(1, rows / columns)) of x (..., rows, columns), by which updates are multiplied.
+    """sqrt(max(1, rows / columns)) of x (..., rows, columns).
 
-    So a layer's outputs change by about as much whatever its shape.
+    An update is multiplied by it, so that outputs change by about as much whatever the shape.
     """
     return max(1, x.shape[-2] / x.shape[-1]) ** 0.5
 
 
 def orthogonalize_groups(batches: list[Tensor], row_groups: list[tuple], steps: int) -> list:
-    """orthogonalize(), where a batch has groups of rows each of these as a matrix of its own.
+    """orthogonalize(), with each group of rows as a matrix of its own in batches that have groups.
 
-    A direction of the input that one group uses then takes nothing from another's. apply_updates()
-    multiplies by the whole matrix's shape_factor(); the quotient here makes it the group's.
+    A direction of the input that one group uses then takes nothing from another group's. The
+    quotient turns the matrix's shape_factor(), which apply_updates() applies, into the group's.
     """
     pairs = zip(batches, row_groups, strict=True)
     parts = [x.split(groups, dim=-2) if groups else (x,) for x, groups in pairs]
@@ -2885,25 +2914,25 @@ def momentum_updates(
 ) -> list[Tensor]:
     """m <- momentum m + (1 - momentum) scale g, in place, for each batch's m (n, rows, columns).
 
-    Returns updates: the same once more with the new m (Nesterov), orthogonalized. Where skip,
-    float32 (), is 1, m stays to the bit, and updates are finite.
+    Returns the updates: the same mean once more, with the new m (Nesterov), orthogonalized. If
+    skip, float32 (), is 1, no bit of m changes, and the updates are finite.
     """
     updates = []
     for batch, old in zip(gradients, momenta, strict=True):
         gradient = torch.where(skip > 0, old, torch.stack(batch) * scale)
         old.lerp_(gradient, 1 - momentum)
         update = gradient.lerp(old, momentum)
-        # Rows of one length first, so that no unit of a layer is left behind (MuonEq-R).
+        # Rows are first brought to one length, so that no unit is left behind (MuonEq-R).
         updates.append(update / (update.norm(dim=-1, keepdim=True) + 1e-12))
     return orthogonalize_groups(updates, row_groups, steps)
 
 
 def even_out_rows(updates: list[Tensor], squares: list[Tensor], beta2: float, skip) -> list:
-    """NorMuon (arXiv 2510.05491): rows of updates (n, rows, columns) by their usual lengths.
+    """NorMuon (arXiv 2510.05491): divides rows of updates (n, rows, columns) by their usual size.
 
-        s <- beta2 s + (1 - beta2) mean of u^2 over a row;    u / sqrt(s), as long in all as u was
+        s <- beta2 s + (1 - beta2) mean of u^2 over a row;    u / sqrt(s), scaled to u's whole norm
 
-    squares s (n, rows, 1) change in place; where skip, float32 (), is 1, they stay.
+    squares, s (n, rows, 1), change in place, but not if skip, float32 (), is 1.
     """
     evened = []
     for update, square in zip(updates, squares, strict=True):
@@ -2916,24 +2945,24 @@ def even_out_rows(updates: list[Tensor], squares: list[Tensor], beta2: float, sk
 
 
 def apply_updates(batches: list, updates: list, rates: list[float], decay: float, factor, skip):
-    """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip."""
+    """p <- (1 - rate decay) p - rate shape_factor() update, in place; nothing if skip is 1."""
     for batch, update, rate in zip(batches, updates, rates, strict=True):
         rate = rate * factor * (1 - skip)
         step = rate * shape_factor(update)
-        changes = update[: len(batch)].float().unbind()  # padding stands behind them
-        torch._foreach_mul_(batch, 1 - rate * decay)  # lists: a launch or two, compiled
+        changes = update[: len(batch)].float().unbind()  # without the padding after them
+        torch._foreach_mul_(batch, 1 - rate * decay)  # on lists: compiled, a launch or two in all
         torch._foreach_sub_(batch, torch._foreach_mul(changes, step))
 
 
 class Muon:
     """Momentum whose update is orthogonalized (K. Jordan, 2024, kellerjordan.github.io/posts/muon).
 
-    All singular values come to one size, which is the steepest descent if a step is measured by
-    how far it can move a layer's outputs. Each rank has a share of the matrices.
+    Making all singular values equal is the steepest descent, if a step's length is how far it can
+    move a layer's outputs. Each rank has the momentum and makes the updates of a share of matrices.
     """
 
     def __init__(self, batches: dict[tuple, list[Tensor]], settings, ranks):
-        """batches: matrices (rows, columns), float32, by rate, shape and Linear.row_groups."""
+        """batches: matrices (rows, columns), float32, by (rate, shape, Linear.row_groups)."""
         self.ranks = ranks
         self.steps = settings.muon_backend_steps
         self.weight_decay = settings.weight_decay
@@ -2942,22 +2971,22 @@ class Muon:
         self.batches = list(batches.values())
         self.momenta = []
         for batch in self.batches:
-            count = round_up(len(batch), ranks.world_size)  # every rank has as many
+            count = round_up(len(batch), ranks.world_size)  # so that all shares are equal
             self.momenta.append(batch[0].new_zeros(count, *batch[0].shape))
-        # This rank's part of each momentum, a view; the others' are out of date here.
+        # Views of this rank's part of each momentum; the other ranks' parts are out of date here.
         self.shares = [m.chunk(ranks.world_size)[ranks.rank] for m in self.momenta]
         self.beta2 = settings.muon_beta2
         kept = self.momenta if self.beta2 else []
         self.squares = [m.new_zeros(*m.shape[:2], 1) for m in kept]  # of rows, likewise
         self.square_shares = [s.chunk(ranks.world_size)[ranks.rank] for s in self.squares]
-        # Of more matrices than this, gradients would be copied into one batch before they are read.
+        # Gradients of up to 16 matrices are read where they lie; more, inductor would copy first.
         options = {"max_pointwise_cat_inputs": 16}
         self.momentum_updates = maybe_compile(momentum_updates, settings, ranks, options)
         self.even_out_rows = maybe_compile(even_out_rows, settings, ranks)
         self.apply_updates = maybe_compile(apply_updates, settings, ranks)
 
     def gather_state(self) -> list[Tensor]:
-        """The momentum of each batch (n, rows, columns), and squares, gathered from all ranks."""
+        """Each batch's momentum (n, rows, columns), then squares (n, rows, 1), from all ranks."""
         state, shares = self.momenta + self.squares, self.shares + self.square_shares
         for whole, share in zip(state, shares, strict=True):
             whole.copy_(self.ranks.concatenate(share))
@@ -2965,13 +2994,13 @@ class Muon:
         return [whole[: len(batch)] for whole, batch in zip(state, batches, strict=False)]
 
     def _gradients(self, batch: list[Tensor], share: Tensor) -> list[Tensor]:
-        """Those of this rank's share of a batch; the last shares are filled up with zeros."""
+        """The gradients of this rank's share of a batch; zeros fill up the last ranks' shares."""
         mine = batch[self.ranks.rank * len(share) :][: len(share)]
         return [p.grad for p in mine] + list(torch.zeros_like(share[len(mine) :]))
 
     @torch.no_grad()
     def step(self, lr_factor: Tensor, momentum: Tensor, scale: Tensor, skip: Tensor):
-        """One step at this part of rates, by scaled gradients; none if skip. float32 () each."""
+        """One step: rates times lr_factor, gradients times scale; none if skip. float32 () each."""
         gradients = list(map(self._gradients, self.batches, self.shares))
         updates = self.momentum_updates(
             gradients, self.shares, self.row_groups, momentum, scale, skip, self.steps
@@ -2982,21 +3011,21 @@ class Muon:
         self.apply_updates(self.batches, updates, self.rates, self.weight_decay, lr_factor, skip)
 
 
-def judge_gradients(norm: Tensor, clip_norm: float, skip: Tensor, skipped: Tensor) -> Tensor:
-    """What gradients of this norm, float32 (), are multiplied by: 1, or what leaves them clip_norm.
+def judge_gradients(total: Tensor, clip_norm: float, skip: Tensor, skipped: Tensor) -> Tensor:
+    """The factor () by which gradients of the norm `total`, float32 (), get clip_norm at most.
 
     Puts 1 into skip () if the norm is not finite, else 0. skipped (3,) counts such steps: all,
-    those in a row up to now, and of the longest row.
+    those in a row up to now, and those of the longest row. clip_norm 0: the factor is 1.
     """
-    skip.copy_(~norm.isfinite())
-    total, streak, longest = skipped.unbind()
+    skip.copy_(~total.isfinite())
+    count, streak, longest = skipped.unbind()
     streak = (streak + skip) * skip
-    skipped.copy_(torch.stack([total + skip, streak, torch.maximum(longest, streak)]))
-    return (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
+    skipped.copy_(torch.stack([count + skip, streak, torch.maximum(longest, streak)]))
+    return (clip_norm / (total + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(total)
 
 
 class Optimizers:
-    """Muon and Adam as one, which skips, without the host, steps whose gradients are not finite."""
+    """Muon and Adam as one. A step whose gradients are not finite changes nothing on the device."""
 
     def __init__(self, model, settings, ranks):
         self.parameters = list(model.parameters())
@@ -3019,18 +3048,18 @@ class Optimizers:
     def loss_scale(self) -> Tensor | None:
         """With float16, what the loss is multiplied by, float32 (); else None.
 
-        Below 6e-8, where gradients of a mean over many tokens lie, float16 has no numbers. As with
-        torch.amp.GradScaler, each skipped step halves the scale. A checkpoint holds their count.
+        Gradients of a mean over many tokens fall below 6e-8, float16's least number. As with
+        torch.amp.GradScaler, each skipped step halves the scale, down to 1; it never rises again.
         """
         return (16 - self.skipped[0]).clamp(min=0).exp2() if self.scales_loss else None
 
     def tensors(self) -> list[Tensor]:
         """What steps change besides the weights, float32, whatever the number of ranks."""
         moments = [x for state in self.adam.state.values() for x in state.values()]
-        return [*moments, *self.muon.gather_state(), self.skipped[:2]]  # longest is counted anew
+        return [*moments, *self.muon.gather_state(), self.skipped[:2]]  # the longest row: anew
 
     def _average_gradients(self):
-        """Puts the ranks' means in the gradients' places, by one exchange: views of one buffer."""
+        """Replaces gradients by their means over the ranks, views of one buffer: one exchange."""
         used = [p for p in self.parameters if p.grad is not None]
         used.sort(key=Tensor.dim, reverse=True)  # so that matrices begin at multiples of 16 bytes
         means = torch.cat([p.grad.flatten() for p in used])
@@ -3041,7 +3070,7 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
-        """Averages the ranks' gradients, clips, uses and drops them, at this part of all rates."""
+        """A step at lr_factor times all rates by the ranks' mean gradients, which it then drops."""
         lr_factor = torch.as_tensor(lr_factor, device=self.skip.device)
         momentum = torch.as_tensor(momentum, device=self.skip.device)
         if self.ranks.world_size > 1:
@@ -3049,15 +3078,15 @@ class Optimizers:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scales_loss:
             torch._foreach_div_(gradients, self.loss_scale())
-        norm = nn.utils.get_total_norm(gradients)
-        scale = self.judge_gradients(norm, self.clip_norm, self.skip, self.skipped)
-        if self.clip_norm:  # Muon scales as it reads
+        total = nn.utils.get_total_norm(gradients)
+        scale = self.judge_gradients(total, self.clip_norm, self.skip, self.skipped)
+        if self.clip_norm:  # Adam's; Muon scales its own as it reads them
             torch._foreach_mul_([p.grad for p in self.adam.state if p.grad is not None], scale)
         self.muon.step(lr_factor, momentum, scale, self.skip)
         rates = (self.rates * lr_factor).unbind()
         for group, rate in zip(self.adam.param_groups, rates, strict=True):
             group["lr"] = rate
-        # As torch.amp.GradScaler does: where it is 1, the fused kernel changes nothing.
+        # As torch.amp.GradScaler does: if it is 1, Adam's fused kernel changes nothing.
         self.adam.found_inf = self.skip
         self.adam.step()
         for p in self.parameters:
@@ -3065,7 +3094,7 @@ class Optimizers:
 
 
 def parameter_groups(model, settings) -> tuple[dict, list[dict]]:
-    """Muon's batches, and Adam's groups: in the model's order, as in a checkpoint."""
+    """Muon's batches and AdamW's groups, in the model's order, which is that of a checkpoint."""
     s = settings
     rates = {"matrix": s.matrix_lr, "mamba_matrix": s.mamba_matrix_lr}
     embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
@@ -3088,7 +3117,7 @@ def parameter_groups(model, settings) -> tuple[dict, list[dict]]:
 
 
 def take_in(average: list[Tensor], weights: list[Tensor], rate: Tensor, skip: Tensor):
-    """a <- (1 - rate) a + rate w, in place, float32; not if skip. Compiled, they are read once."""
+    """a <- (1 - rate) a + rate w, in place, float32; not if skip is 1. Compiled, one pass."""
     rate = (1 - skip) * rate
     torch._foreach_mul_(average, 1 - rate)
     torch._foreach_add_(average, torch._foreach_mul(weights, rate))
@@ -3111,31 +3140,31 @@ class WeightAverage:
         self.take_in = maybe_compile(take_in, settings, ranks)
 
     def tensors(self) -> list[Tensor]:
-        """What steps change, float32."""
+        """What steps change of it, float32: a checkpoint holds that."""
         return [*self.ema, *self.swa, self.snapshots] if self.swa else self.ema
 
     def rate(self, steps_done: int) -> float:
-        """At which the ema takes in the weights after so many steps."""
+        """The rate at which the ema takes in the weights after so many steps."""
         horizon = max(1.0, self.settings.average_horizon * steps_done)
         return max(1 - self.settings.ema_decay, 1 / horizon)
 
     @torch.no_grad()
     def update(self, rate: float | Tensor, skip: Tensor):
-        """A step's last part: the ema takes in the weights; not if skip, float32 (), is 1."""
+        """The last part of a step: the ema takes in the weights, unless skip, float32 (), is 1."""
         if self.ema:
             rate = torch.as_tensor(rate, device=skip.device)
             self.take_in(self.ema, self.parameters, rate, skip)
 
     @torch.no_grad()
     def after_step(self, steps_done: int, skip: Tensor, snapshot: bool):
-        """Behind every step: takes its snapshot, if it has one; not if skip, float32 (), is 1."""
+        """swa takes a snapshot if one is due, unless skip () is 1. steps_done: others go by it."""
         if self.swa and snapshot:
             self.take_in(self.swa, self.ema or self.parameters, 1 / (self.snapshots + 1), skip)
             self.snapshots += 1 - skip
 
     @torch.no_grad()
     def apply(self) -> str:
-        """Puts the average in the weights' place; says which. Without snapshots there is no swa."""
+        """Replaces the weights by their average; says by which. swa needs a snapshot at least."""
         if self.swa and self.snapshots > 0:
             torch._foreach_copy_(self.parameters, self.swa)
             return f"{int(self.snapshots)} snapshots of {'the ema' if self.ema else 'the weights'}"
@@ -3146,7 +3175,7 @@ class WeightAverage:
 
 
 def compile_average(average, device: torch.device):
-    """Makes a step of a WeightAverage, by which it stays as it is."""
+    """Compiles a WeightAverage by one step that is skipped, so that the average stays the same."""
     skip = torch.ones((), device=device)
     average.update(0.0, skip)
     average.after_step(1, skip, True)
@@ -3159,23 +3188,23 @@ class Schedule(NamedTuple):
     lr_factor: float  # of every learning rate
     momentum: float  # Muon's
     recurrent: bool  # layers run in LAYER_ORDER
-    quantized: bool  # gradients are those at weights on their grids
+    quantized: bool  # gradients are computed with weights on their grids
     snapshot: bool  # swa takes the weights after this step
 
 
 def ramp(part: float, whole: float) -> float:
-    """Rises from 0 to 1 while part goes from 0 to whole, then stays; without a whole, 1."""
+    """part / whole, at most 1; 1 if whole is 0."""
     return min(1.0, part / whole) if whole else 1.0
 
 
 def schedule_at(settings, step: int, seconds: float) -> Schedule:
-    """What holds for step (from 0) after seconds of the clock; it or ITERATIONS ends the run."""
+    """What holds for step number `step`, from 0, after so many seconds of the clock."""
     s = settings
     train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
     by_steps = step / s.iterations
     by_clock = seconds / train_seconds if s.max_wallclock_seconds else 0.0
     progress = min(1.0, max(by_steps, by_clock))
-    # What a step takes of the run: by the clock, the mean so far.
+    # The part of the run that a step takes: by the clock, in the mean so far.
     step_part = by_clock / max(step, 1) if by_clock > by_steps else 1 / s.iterations
     warmdown = min(1.0, s.warmdown_iters * step_part) if s.warmdown_iters else s.warmdown_fraction
     decay = ramp(1 - progress, warmdown)
@@ -3187,22 +3216,22 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
     risen = ramp(step, steps) if steps else ramp(progress, 0.1)
     momentum = first + (s.muon_momentum - first) * risen
     recurrent = progress >= s.recur_start
-    # What begins as rates decay looks at the decay itself, which MIN_LR does not hold up.
+    # QAT and swa begin once rates have decayed enough, whether or not MIN_LR holds the rates up.
     quantized = decay < s.late_qat_threshold or s.quantizer == "ternary"
     snapshot = decay < s.swa_start_frac and (step + 1) % s.swa_every == 0
     return Schedule(progress, lr_factor, momentum, recurrent, quantized, snapshot)
 
 
 # ==================================================================================================
-# 7. Evaluation: a chunk is scored whole before test-time training may read any of it
+# 7. Evaluation: all of a chunk is scored before test-time training may read any of it
 
 
 def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> np.ndarray:
     """This rank's windows (context, begin, end), int64 (n, 3), of targets first <= p < last.
 
-    A window reads tokens from context on and scores targets begin <= p < end, which are
-    tokens[p + 1]; each is in one window of one rank. EVAL_MODE=plain: side by side. sliding:
-    EVAL_STRIDE further each; only what is new is scored.
+    A window reads tokens from context on and scores targets begin <= p < end; target p is
+    tokens[p + 1]. Each is scored in one window of one rank. With EVAL_MODE=plain windows stand side
+    by side; with sliding each is EVAL_STRIDE further on than the last and scores what is new.
     """
     length = settings.train_seq_len
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
@@ -3214,14 +3243,14 @@ def plan_windows(settings, first: int, last: int, rank: int, world_size: int) ->
 class Excerpt(NamedTuple):
     """A part of the stream as the model reads it; the target at position p is tokens[p + 1]."""
 
-    positions: np.ndarray  # (B, T) int64; outside the stream stands its first or last token
+    positions: np.ndarray  # (B, T) int64; outside the stream, its first or last token is read
     tokens: Tensor  # (B, T) int64, on the rank's device
     targets: Tensor  # (B, T) int64
-    resumed: tuple | None = None  # stateful, once it is scored: what Model.resume() began with
+    resumed: tuple | None = None  # stateful: `seen` and the states that Model.resume() began with
 
 
 class EvaluationObserver:
-    """What an Evaluator tells while it works; this one listens to nothing. tools/audit does."""
+    """What an Evaluator tells while it works. This one ignores it; tools/audit's does not."""
 
     def on_read(self, excerpt: Excerpt):
         """These tokens were read, to be scored, trained on or carried in states; no others are."""
@@ -3232,8 +3261,11 @@ class EvaluationObserver:
     def on_train(self, excerpt: Excerpt):
         """An update is about to compute its gradient from this excerpt."""
 
+    def on_short_memory(self, rows: int):
+        """Memory has room for at most so many windows, or documents, at once."""
 
-# Of a chunk: its targets' nats before the first and the last epoch's update, epochs, seconds.
+
+# Of a chunk: sums of nats in the first and the last epoch, before its update; epochs; seconds.
 CHUNK_COLUMNS = ("first_epoch", "last_epoch", "epochs", "score_seconds", "adapt_seconds")
 
 
@@ -3243,7 +3275,7 @@ class Score(NamedTuple):
     val_loss: float  # nats per target
     val_bpb: float  # bits per byte of text
     nats: np.ndarray  # (N,) float32, in stream order
-    epochs_given_up: int  # of test-time training
+    epochs_given_up: int  # for want of time; in EVAL_MODE=documents, documents that learnt in part
     seconds: float = 0.0  # on its clock
     chunks: np.ndarray | None = None  # (chunks, 5) float64: CHUNK_COLUMNS
 
@@ -3251,8 +3283,8 @@ class Score(NamedTuple):
 class StateRelay:
     """Every mixer's state on its way through the stream, from part to part and rank to rank.
 
-    In a round, ranks score consecutive parts. A state goes to the next rank as soon as its mixer
-    has left it, and from the last one to the first: R parts take the time of 1 + (R - 1) / layers.
+    In a round, ranks score consecutive parts. A state goes to the next rank as soon as its mixer is
+    done, and from the last rank to the first: R parts take 1 + (R - 1) / layers times one's time.
     """
 
     def __init__(self, ranks, states: list):
@@ -3263,7 +3295,7 @@ class StateRelay:
         self.sent = []
 
     def _receive(self, like, source: int):
-        """A state, into tensors of its own: those of the one before may still be on their way."""
+        """Another rank's state, in new tensors: the old ones may still be on their way."""
         state = map_state(lambda tensor: tensor.new_empty(tensor.shape), like)
         self.ranks.receive(tensors_of(state), source)
         return state
@@ -3283,7 +3315,7 @@ class StateRelay:
             self.sent += self.ranks.send(tensors_of(state), self.ranks.rank + 1)
 
     def end_round(self):
-        """The first rank gets the states after the round's last part."""
+        """Gives the first rank the states after the round's last part; waits for what was sent."""
         last = self.parts - 1
         if 0 < last == self.ranks.rank:
             for state in self.states:
@@ -3296,7 +3328,7 @@ class StateRelay:
 
 
 def map_state(function, state):
-    """A state with function applied to each of its tensors, in order."""
+    """A state (a tensor, None or a NamedTuple of states) with function applied to each tensor."""
     if state is None:
         return None
     if isinstance(state, Tensor):
@@ -3318,17 +3350,17 @@ class Evaluator:
     stream in chunks of TTT_CHUNK_TOKENS targets, in order. On each it first calls _score_chunk(),
     which fixes the nats of every target in the chunk, and only then _adapt(), which reads this
     chunk's tokens and targets and none after them. So the weights that score a target have been
-    trained on earlier chunks alone. Within a chunk only the model's causality protects a target,
-    whose window may read on behind it. No target is scored again: _keep() counts, and _collect()
-    raises unless each was scored exactly once. The last chunk, which nothing follows, is not
-    trained on; the others are whole sequences by validate_settings(), so that training never reads
-    past one. Ranks share a chunk's windows; gradients are summed.
+    trained on earlier chunks alone. Within a chunk a window holds later tokens than a target, and
+    only the model's causality keeps them from it. No target is scored again: _keep() counts, and
+    _collect() raises unless each was scored exactly once. The last chunk, which nothing follows, is
+    not trained on; the others are whole sequences by validate_settings(), so that training never
+    reads past one. Ranks share a chunk's windows; gradients are summed.
 
     EVAL_MODE=stateful: parts of the stream are scored in order, each from the states that the part
     before has left (Model.resume(), StateRelay between ranks); attention alone sees no further than
     TRAIN_SEQ_LEN tokens back, in windows that overlap by EVAL_OVERLAP. Parts do not depend on the
     number of ranks. After an update, states are computed anew over the last window.
-    EVAL_MODE=documents: the model stays, and documents adapt it each for itself; see below.
+    EVAL_MODE=documents: weights stay as they are; each document has branches that adapt, see below.
     """
 
     def __init__(self, model, settings, ranks, validation, recurrent=True, observer=None):
@@ -3353,18 +3385,21 @@ class Evaluator:
         windows = len(plan_windows(settings, 0, self.chunk, 0, ranks.world_size))
         most = settings.val_batch_size // ranks.world_size
         self.most_tokens = most if ranks.gpu else min(most, MOST_TOKENS_ON_A_CPU)  # at once
-        self.rows = max(1, min(windows, self.most_tokens // settings.train_seq_len))  # of a batch
+        self.rows = max(1, min(windows, self.most_tokens // settings.train_seq_len))  # at once
+        if settings.eval_mode == "documents":
+            self.rows = round_up(settings.ttt_lora_slots, ROW_STEP)
         self.learnt = torch.zeros(math.ceil(self.total / self.chunk), 2, device=ranks.device)
         self.part = self._part_tokens()
+        self.branches = None  # of the batch of documents at hand
         self.relay = StateRelay(ranks, [])
-        self.states_from = 0  # where the text begins that the states know
-        self.scoring_seconds = 0.0  # of the latest chunk
-        self.epoch_seconds = 0.0  # of one epoch on the latest chunk that was trained on
+        self.states_from = 0  # the position from which on the states know the text
+        self.scoring_seconds = 0.0  # the latest chunk's
+        self.epoch_seconds = 0.0  # one epoch's, on the latest chunk that was trained on
 
     def _part_tokens(self) -> int:
-        """Targets of a part of stateful evaluation: whole strides, an eighth of a chunk (8 ranks).
+        """Targets of a stateful evaluation's part: whole strides, an eighth of a chunk (8 ranks).
 
-        At most 8 TRAIN_SEQ_LEN: where the scan is no kernel, a compiler writes out all its chunks.
+        At most 8 TRAIN_SEQ_LEN, since a compiler unrolls chunked_scan()'s loop over chunks.
         """
         s = self.settings
         stride = s.train_seq_len - s.attention_overlap
@@ -3378,7 +3413,7 @@ class Evaluator:
     def evaluate(self, started: float | None = None) -> Score:
         """Scores every chunk, and adapts to each but the last.
 
-        started: the perf_counter() at which the evaluation clock began (left out: now).
+        started: the time.perf_counter() at which the evaluation clock began; by default now.
         """
         s = self.settings
         started = time.perf_counter() if started is None else started
@@ -3386,7 +3421,7 @@ class Evaluator:
             return self._evaluate_documents(started)
         firsts = range(0, self.total, self.chunk)
         given_up = 0
-        times = []  # CHUNK_COLUMNS but the first two, which are learnt
+        times = []  # CHUNK_COLUMNS without the first two, which self.learnt has
         sgd = torch.optim.SGD(self.trained, lr=0.0, momentum=s.ttt_momentum)
         for index, first in enumerate(firsts):
             last = min(first + self.chunk, self.total)
@@ -3408,33 +3443,60 @@ class Evaluator:
         return score._replace(seconds=time.perf_counter() - started, chunks=chunks)
 
     def _affordable_epochs(self, index: int, chunks_left: int, seconds_left: float) -> int:
-        """Epochs on chunk number index so that the chunks_left after it can be scored in time.
+        """How many epochs chunk number index may get, so that all others can be scored in time.
 
-        Of their seconds, a fifth more than scoring took last is kept back; epochs fill the rest.
-        The first two, whose times hold what compiling took, get all epochs.
+        Each of the chunks_left has an equal part of seconds_left: 1.2 times what scoring took last,
+        and epochs. The first two chunks, whose times include compiling, get all epochs.
         """
         epochs = self.settings.ttt_epochs
         if index >= 2:
             spare = seconds_left / chunks_left - 1.2 * self.scoring_seconds
             epochs = min(epochs, max(0, int(spare / max(self.epoch_seconds, 1e-9))))
-        # One rank's clock speaks for all, or they would wait for each other's gradients for ever.
+        # Rank 0's clock decides for all: ranks that disagreed would wait for gradients for ever.
         return self.ranks.from_main(epochs if seconds_left > 0 else 0)
 
     @torch.no_grad()
     def _score_chunk(self, first: int, last: int):
-        """Scores targets first <= p < last, this rank's part of them."""
+        """Scores this rank's part of the targets first <= p < last."""
         if self.settings.eval_mode == "stateful":
             self._score_parts(first, last)
             return
         windows = plan_windows(self.settings, first, last, self.ranks.rank, self.ranks.world_size)
-        for start in range(0, len(windows), self.rows):
-            batch = windows[start : start + self.rows]
+
+        def score(part: slice):
+            batch = windows[part]
             spare = np.tile([batch[-1, 0], 0, 0], (self.rows - len(batch), 1))
-            # All batches have as many rows, but spare ones score nothing.
+            # All batches have the same number of rows; the spare ones score nothing.
             context, begin, end = np.concatenate([batch, spare]).T[:, :, None]
             excerpt = self._read(context, self.settings.train_seq_len)
             nats = self.nats_function(excerpt.tokens, excerpt.targets, self.order)
             self._keep(excerpt, begin, end, nats)
+
+        self._in_parts(len(windows), score)
+
+    def _in_parts(self, count: int, work) -> list:
+        """The results of work(slice) for slices of count rows, each as large as memory allows.
+
+        If work raises OutOfMemoryError it is called again on fewer rows, so it must bear repeating.
+        """
+        results = []
+        first = 0
+        while first < count:
+            part = slice(first, min(first + self.rows, count))
+            with suppress(torch.OutOfMemoryError):
+                results.append(work(part))
+                first = part.stop
+                continue
+            self._take_fewer(part.stop - part.start)  # outside suppress(), its tensors are freed
+        return results
+
+    def _take_fewer(self, rows: int):
+        """From now on at most half as many rows at once; OutOfMemoryError if it was one."""
+        if rows == 1:
+            raise torch.OutOfMemoryError("a single row is too much")
+        self.rows = math.ceil(rows / 2)
+        torch.cuda.empty_cache()  # pieces of free memory become larger ones
+        self.observer.on_short_memory(self.rows)
 
     def _score_parts(self, first: int, last: int):
         """Stateful: rounds of one part for each rank, from the states before the first target."""
@@ -3452,17 +3514,17 @@ class Evaluator:
             self.relay.end_round()
 
     def _resume(self, first: int, length: int) -> tuple[Excerpt, Tensor]:
-        """Reads length tokens from first on, and the overlap; hidden states (1, length, width)."""
+        """Reads `length` tokens and the overlap before `first`; hidden: (1, length, width)."""
         overlap = self.settings.attention_overlap
         seen = torch.tensor(min(overlap, first - self.states_from), device=self.ranks.device)
         excerpt = self._read(np.array([[first - overlap]]), overlap + length)
-        run = self.block_function
-        hidden = self.model.resume(excerpt.tokens, seen, self.order, self.relay, run)
+        block = self.block_function
+        hidden = self.model.resume(excerpt.tokens, seen, self.order, self.relay, block)
         return excerpt._replace(resumed=(seen, list(self.relay.before.values()))), hidden
 
     @torch.no_grad()
     def _renew_states(self, position: int):
-        """The first rank's states before a position, by the weights and the window before it."""
+        """Rank 0's states before a position, by the present weights, from the last window alone."""
         stride = self.settings.train_seq_len - self.settings.attention_overlap
         window = stride * math.ceil(self.settings.train_seq_len / stride)
         self.states_from = max(0, position - window)
@@ -3472,7 +3534,7 @@ class Evaluator:
             self._resume(self.states_from, position - self.states_from)
 
     def _read(self, starts: np.ndarray, length: int) -> Excerpt:
-        """The stream from each of starts (B, 1) on; outside, its first or last token again."""
+        """`length` tokens from starts (B, 1) on; outside the stream, its first or last one."""
         positions = starts + np.arange(length + 1)
         stream = self.validation.tokens[np.clip(positions, 0, self.total)]
         tokens = torch.tensor(stream, dtype=torch.int64, device=self.ranks.device)
@@ -3482,7 +3544,7 @@ class Evaluator:
         return excerpt
 
     def _keep(self, excerpt: Excerpt, first, last, nats: Tensor):
-        """Writes down the nats (B, T) of an excerpt's targets first <= p < last, (B, 1) or one."""
+        """Keeps the nats (B, T) of an excerpt's targets first <= p < last, each int or (B, 1)."""
         scored = (first <= excerpt.positions) & (excerpt.positions < last)
         cells = np.flatnonzero(scored)
         where = excerpt.positions.flatten()[cells]
@@ -3491,7 +3553,7 @@ class Evaluator:
         self.observer.on_score(excerpt, scored, nats)
 
     def _adapt(self, first: int, last: int, sgd: torch.optim.SGD, epochs: int):
-        """Trains on targets first <= p < last, which are scored."""
+        """Trains for so many epochs on targets first <= p < last, which have their scores."""
         started = synchronized_time()
         nats = [self._train_epoch(first, last, sgd) for _ in range(epochs)]
         if not nats:
@@ -3502,14 +3564,14 @@ class Evaluator:
         self.epoch_seconds = (synchronized_time() - started) / epochs
 
     def _train_epoch(self, first: int, last: int, sgd: torch.optim.SGD) -> Tensor:
-        """A step of SGD on targets first <= p < last, from each rank's part; returns its nats."""
+        """A step of SGD on targets first <= p < last; returns the sum of this rank's nats, ()."""
         s, world_size = self.settings, self.ranks.world_size
         length = ttt_sequence_length(s, world_size)
         whole = (last - first) % (world_size * length) == 0  # by validate_settings()
         assert whole or last == self.total, "training would read past its chunk"
         mine = np.array_split(np.arange(first, last, length), world_size)[self.ranks.rank]
         rows = largest_divisor(len(mine), self.most_tokens // length)
-        share = rows / len(mine) / world_size  # of a batch in the chunk's mean
+        share = rows / len(mine) / world_size  # a batch's weight in the chunk's mean
         total = torch.zeros((), device=self.ranks.device)
         for batch in mine.reshape(-1, rows, 1):
             excerpt = self._read(batch, length)
@@ -3528,7 +3590,7 @@ class Evaluator:
         return total * (last - first)
 
     def _evaluate_documents(self, started: float) -> Score:
-        """evaluate() of documents, which learn as long as DocumentClock says."""
+        """evaluate() with EVAL_MODE=documents, which learn as long as DocumentClock lets them."""
         s = self.settings
         batches = plan_batches(self.validation.tokens, s)
         mine = share_batches(batches, s, self.ranks.world_size)[self.ranks.rank]
@@ -3537,18 +3599,18 @@ class Evaluator:
         for batch in mine:
             clock.later -= int(batch.lengths.sum())
             least = clock.least_new(batch, 0)
-            branches = None if least else Branches(self.model, s)
-            with documents_alone(self.model, branches):
-                given_up += self._score_batch(batch, branches, clock, least)
+            self.branches = None if least else Branches(self.model, s)
+            with documents_alone(self.model, self.branches):
+                given_up += self._score_batch(batch, clock, least)
         score = self._collect(sum(self.ranks.gather(given_up)))
         self.scoring_seconds = time.perf_counter() - started
         return score._replace(seconds=self.scoring_seconds)
 
-    def _score_batch(self, batch: "DocumentBatch", branches, clock, least: int) -> int:
-        """Scores documents piece by piece; branches, if any, learn from each once it is scored.
+    def _score_batch(self, batch: "DocumentBatch", clock, least: int) -> int:
+        """Scores documents piece by piece; branches, if any, learn from each piece after its score.
 
         Once the DocumentClock forbids that, branches stay as they are and windows move further.
-        Returns how many documents had then targets left, 0 if it never did.
+        Returns how many documents still had targets at that moment; 0 if there was none.
         """
         given_up = end = 0
         while documents := batch.longer_than(end):
@@ -3557,40 +3619,82 @@ class Evaluator:
                 given_up = given_up or documents
             begin = end
             context, end = plan_piece(batch, self.settings, begin, learns, least)
-            going_on = batch.longer_than(end)  # documents of which a piece is still to come
+            going_on = batch.longer_than(end)  # documents that have another piece
             reading_since = synchronized_time()
             with torch.set_grad_enabled(learns and going_on > 0):
                 piece, nats = self._score_piece(batch, context, begin, end)
             clock.count((end - context) * documents, reading_since)
             if not going_on:
                 break
-            least = clock.least_new(batch, end, branches is not None)
-            # The piece has its scores. Only now, and only for pieces to come, is it learnt from.
+            least = clock.least_new(batch, end, self.branches is not None)
+            # The piece has its scores. Only now do branches learn from it, for the pieces to come.
             if learns and not least:
                 self.observer.on_train(Excerpt(*(part[:going_on] for part in piece)))
-                branches.learn(nats[:going_on])
+                if not self._add_gradients(nats[:going_on]):
+                    nats = None  # lets go of what its gradients would need
+                    place = context, begin, end
+                    self._in_parts(going_on, partial(self._read_again, batch, place))
+                self.branches.step()
         return given_up
 
-    def _score_piece(self, batch: "DocumentBatch", context: int, begin: int, end: int) -> tuple:
-        """Scores targets begin to end, read from context on, of documents that have them.
+    def _add_gradients(self, nats: Tensor) -> bool:
+        """Whether memory was enough for Branches.add_gradients() of nats; else takes fewer rows."""
+        if nats.requires_grad:
+            with suppress(torch.OutOfMemoryError):
+                self.branches.add_gradients(nats)
+                return True
+            self._take_fewer(len(nats))
+        return False
 
-        Returns positions, tokens, targets and nats (n, L); those behind a document's end are void.
+    def _read_again(self, batch: "DocumentBatch", place: tuple, part: slice):
+        """Gradients of a scored piece, at place, for a part of the documents, by another pass."""
+        self.branches.forget(part)  # a pass on more rows may have left some
+        with torch.enable_grad():
+            nats = self._read_piece(batch, *place, part)[-1]
+            self.branches.add_gradients(nats)
+
+    def _score_piece(self, batch: "DocumentBatch", context: int, begin: int, end: int) -> tuple:
+        """Scores targets begin to end, read from context on, of the documents that are so long.
+
+        All three count from a document's first token. Returns positions, tokens and targets as a
+        list, and nats, each (n, L); what stands after a document's end is void. The nats have what
+        gradients need if these are enabled and memory has room for all documents at once.
         """
         rows = round_up(batch.longer_than(begin), ROW_STEP if self.ranks.gpu else 1)
-        length = min(self.settings.train_seq_len, round_up(end - context, WIDTH_STEP))
-        begins = batch.begins[:rows]
-        last = begins + np.minimum(end, batch.lengths[:rows])
-        excerpt = self._read(begins + context, length)
-        hidden = self.model(excerpt.tokens, self.order)
-        columns = slice(begin - context, end - context)
-        piece = [part[:, columns] for part in excerpt[:3]]
-        nats = self.model.nats(hidden[:, columns], piece[2], piece[1])
-        padded = F.pad(nats.detach(), (columns.start, length - columns.stop))
-        self._keep(excerpt, begins + begin, last, padded)
+
+        def score(part: slice) -> tuple:
+            whole = part == slice(0, rows)
+            with torch.set_grad_enabled(whole and torch.is_grad_enabled()):
+                excerpt, piece, nats = self._read_piece(batch, context, begin, end, part)
+            begins = batch.begins[part]
+            last = begins + np.minimum(end, batch.lengths[part])
+            behind = excerpt.tokens.shape[1] - (end - context)
+            padded = F.pad(nats.detach(), (begin - context, behind))
+            self._keep(excerpt, begins + begin, last, padded)
+            return *piece, nats
+
+        parts = self._in_parts(rows, score)
+        if len(parts) > 1:  # without what gradients need
+            joins = np.concatenate, torch.cat, torch.cat, torch.cat
+            parts = [[join(x) for join, x in zip(joins, zip(*parts, strict=True), strict=True)]]
+        *piece, nats = parts[0]
         return piece, nats
 
+    def _read_piece(
+        self, batch: "DocumentBatch", context: int, begin: int, end: int, part: slice
+    ) -> tuple:
+        """The Excerpt that is read for a part of the documents; its piece, and nats (n, L)."""
+        length = min(self.settings.train_seq_len, round_up(end - context, WIDTH_STEP))
+        excerpt = self._read(batch.begins[part] + context, length)
+        if self.branches:
+            self.branches.begin_at(part.start)
+        hidden = self.model(excerpt.tokens, self.order)
+        columns = slice(begin - context, end - context)
+        piece = [x[:, columns] for x in excerpt[:3]]
+        return excerpt, piece, self.model.nats(hidden[:, columns], piece[2], piece[1])
+
     def _collect(self, epochs_given_up: int) -> Score:
-        """All ranks' scores; RuntimeError if a target was not scored exactly once."""
+        """The Score of all ranks' nats; RuntimeError if a target was not scored exactly once."""
         times = self.ranks.sum_(torch.tensor(self.times_scored, device=self.ranks.device))
         if (times != 1).any():
             raise RuntimeError("a target was not scored exactly once")
@@ -3617,17 +3721,17 @@ class Evaluator:
 #
 #     s <- 0.99 s + 0.01 mean of G^2;    P <- (1 - rate decay) P - rate G / sqrt(s / (1 - 0.99^n))
 #
-# That is AdamW without momentum, but with one s for the matrix instead of one for each number. Of
-# those, the first step would move each by the whole rate, also in the head's rows of all the tokens
-# that a piece says next to nothing of.
+# That is AdamW without momentum, but with one s for a matrix instead of one for each number. With
+# one for each, the first step would move every number by the whole rate: also in the head's rows of
+# all the tokens that a piece says next to nothing about.
 #
 # So a score depends on earlier tokens of its own document, and on how long DocumentClock lets it
 # learn: not on what is read beside it, nor on the order, nor on the number of ranks.
-WIDTH_STEP = 64  # windows go on to a multiple of it, a chunk of the scan: kernels meet few shapes
-ROW_STEP = 16  # likewise, on GPUs: so many documents are read, though some of them have ended
+WIDTH_STEP = 64  # windows are filled up to a multiple, a scan's chunk, so that shapes are few
+ROW_STEP = 16  # on GPUs, so are the documents read at once, by such as have ended
 BRANCH_GAIN = 1.8  # of B A x beside W x
 BRANCH_BETA2 = 0.99  # how much of s a step keeps
-BRANCHED = ("mlp", "head", "query", "key", "value", "out", "in_proj", "out_proj")  # may have one
+BRANCHED = ("mlp", "head", "query", "key", "value", "out", "in_proj", "out_proj")  # may have some
 
 
 def round_up(number: int, step: int) -> int:
@@ -3636,18 +3740,18 @@ def round_up(number: int, step: int) -> int:
 
 
 class DocumentBatch(NamedTuple):
-    """Documents that are scored at once, longest first; the last batch ends with empty ones."""
+    """Documents that are scored at once, longest first; empty ones fill up the last batch."""
 
-    begins: np.ndarray  # (slots, 1) int64: where their first tokens stand in the stream
-    lengths: np.ndarray  # (slots, 1) int64: of their targets; the last is the next one's BOS
+    begins: np.ndarray  # (slots, 1) int64: positions of their first tokens in the stream
+    lengths: np.ndarray  # (slots, 1) int64: numbers of targets; the last is the next one's BOS
 
     def longer_than(self, offset: int) -> int:
-        """How many have a target at this offset: the first ones."""
+        """How many documents, always the first ones, have a target at this offset."""
         return int((self.lengths > offset).sum())
 
 
 def plan_batches(tokens: np.ndarray, settings) -> list[DocumentBatch]:
-    """A stream's documents, TTT_LORA_SLOTS a batch; its first token begins one, BOS or not."""
+    """All documents, longest first, TTT_LORA_SLOTS a batch; the first token always begins one."""
     slots = settings.ttt_lora_slots
     begins = np.union1d(0, np.flatnonzero(tokens == BOS_ID))
     lengths = np.diff(begins, append=len(tokens) - 1)  # 0: a BOS that ends the stream
@@ -3658,20 +3762,21 @@ def plan_batches(tokens: np.ndarray, settings) -> list[DocumentBatch]:
 
 
 def plan_piece(batch: DocumentBatch, settings, begin: int, learns: bool, least=0) -> tuple:
-    """(context, end): a document's targets begin to end are read from context on.
+    """(context, end): documents' targets begin to end come next, in windows from context on.
 
-    A piece has TTT_LORA_PIECE of them, or least if that is more: fewer windows for less time.
+    A piece has TTT_LORA_PIECE targets, or `least` if that is more. If documents do not learn, the
+    first one is as many such pieces as fit into a window.
     """
     window = settings.train_seq_len
     piece = min(max(settings.ttt_lora_piece, least), window)
     end = begin + piece
-    if not learns:  # frozen weights score a window's alike
+    if not learns:  # frozen weights score all targets of a window at once
         end = max(end, window // piece * piece)
     return max(0, end - window), min(end, int(batch.lengths.max()))
 
 
 def share_batches(batches: list, settings, world_size: int) -> list[list[DocumentBatch]]:
-    """Each rank's batches: the next one goes to the rank that has the fewest tokens to read."""
+    """Each rank's batches. One after the other goes to the rank with the fewest tokens to read."""
     shares = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for batch in batches:
@@ -3686,26 +3791,26 @@ def share_batches(batches: list, settings, world_size: int) -> list[list[Documen
 
 @dataclass
 class DocumentClock:
-    """What the clock leaves time for with documents, by how long reading has taken so far.
-
-    There are three ways to read on. The first, until the last tenth of the clock, and the second
-    are taken as long as the one below could still read all the rest, with a fifth to spare:
+    """Decides how documents are read on, by how long reading has taken so far. The ways are
 
         1. pieces of TTT_LORA_PIECE, each learnt from
         2. windows that move by half of TRAIN_SEQ_LEN
         3. windows side by side
+
+    The first is taken until the last tenth of EVAL_MAX_SECONDS. It and the second are taken only
+    while the next way could still read all the rest in time, with a fifth to spare.
     """
 
     settings: Settings
-    started: float
+    started: float  # by time.perf_counter()
     later: int  # targets of batches to come
     pieces: int = 0
-    tokens: int = 0  # of all pieces but the first two, whose times hold what compiling took
+    tokens: int = 0  # of all pieces but the first two, whose times include compiling
     seconds: float = 0.0  # that reading these took
-    latest: float = 0.0  # seconds of a batch's window, of the latest ones rather than of all
+    latest: float = 0.0  # seconds of a batch's window, a mean that forgets by halves
 
     def count(self, tokens: int, since: float):
-        """Takes note of a piece of so many tokens, read since then."""
+        """Notes that a piece of so many tokens was read from the time `since` until now."""
         taken = synchronized_time() - since
         self.pieces += 1
         if self.pieces > 2:
@@ -3714,10 +3819,10 @@ class DocumentClock:
             self.latest = (self.latest + taken) / 2 if self.latest else taken
 
     def suffices(self, batch: DocumentBatch, begin: int, step: int) -> bool:
-        """Whether all from begin on, and a piece more, can be read by windows that move by step.
+        """Whether windows that move by step could read all from begin on, and one more, in time.
 
-        This batch's windows take as long as the latest, since few documents' take little less than
-        many's; those of batches to come by how many tokens they read.
+        A window of this batch is taken to last as long as the latest, since with fewer documents it
+        lasts hardly less; batches to come, as long as so many tokens have taken so far.
         """
         windows = max(0, int(batch.lengths.max()) - begin) / step + 1
         tokens = self.later * self.settings.train_seq_len / step
@@ -3726,7 +3831,10 @@ class DocumentClock:
         return time.perf_counter() + 1.2 * needed < end
 
     def least_new(self, batch: DocumentBatch, begin: int, branched: bool = True) -> int:
-        """Targets that the next window from begin on has at least: 0 where it is learnt from."""
+        """The least number of targets of the next window, from begin on; 0: a piece to learn from.
+
+        branched: whether this batch has branches. They are not begun in the middle of documents.
+        """
         s = self.settings
         if not s.adapts:
             return 1
@@ -3740,6 +3848,8 @@ class DocumentClock:
 class LowRank:
     """BRANCH_GAIN B A x, with A and B of its own for each document of a batch."""
 
+    first = 0  # the document that the first row of x is of
+
     def __init__(self, inputs: int, outputs: int, settings, generator, device):
         rank = settings.ttt_lora_rank
         uniform = 2 * torch.rand(inputs, rank, generator=generator) - 1
@@ -3748,14 +3858,15 @@ class LowRank:
         self.up = first.new_zeros(len(first), rank, outputs).requires_grad_()  # B, transposed
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (n, T, inputs) of the first n documents -> (n, T, outputs), in x's dtype."""
-        low = x @ self.down[: len(x)].to(x.dtype)
-        return BRANCH_GAIN * (low @ self.up[: len(x)].to(x.dtype))
+        """x (n, T, inputs) of n documents -> (n, T, outputs), in x's dtype."""
+        documents = slice(self.first, self.first + len(x))
+        low = x @ self.down[documents].to(x.dtype)
+        return BRANCH_GAIN * (low @ self.up[documents].to(x.dtype))
 
 
 def add_branch(branch: LowRank, module, arguments: tuple, keywords: dict, output: Tensor) -> Tensor:
-    """A forward hook: what a layer gives, and what the branch beside it adds."""
-    if isinstance(module, MLP):  # is given the residual stream, and its branch what `up` reads
+    """A forward hook: the layer's output plus what the branch beside it adds."""
+    if isinstance(module, MLP):  # it gets the residual stream; its branch reads what `up` does
         stream, input_scale = arguments
         x = input_scale * norm(stream)
     else:
@@ -3764,14 +3875,14 @@ def add_branch(branch: LowRank, module, arguments: tuple, keywords: dict, output
 
 
 class Branches:
-    """The branches of a batch of documents as these begin, and how they learn."""
+    """New branches for a batch of documents, and how they learn. UserError where they cannot."""
 
     def __init__(self, model: Model, settings):
         s = settings
         lost = "float16 loses the gradients of branches: use PRECISION=float32 or TTT_ENABLED=0"
         need(model.compute_dtype != torch.float16, lost)
         device = model.rotary_table.device
-        draw = {"generator": torch.Generator().manual_seed(0), "device": device}  # whatever SEED
+        draw = {"generator": torch.Generator().manual_seed(0), "device": device}  # SEED has no part
         names = s.ttt_lora_layers.split(",")
         self.beside = {}  # layers and their branches
         for name, module in model.named_modules():
@@ -3780,24 +3891,38 @@ class Branches:
                 sizes = ends[0].in_features, ends[1].out_features
                 self.beside[module] = LowRank(*sizes, s, **draw)
         self.head = LowRank(s.model_dim, s.vocab_size, s, **draw) if "head" in names else None
-        every = [*self.beside.values(), *filter(None, [self.head])]
-        check(s, "ttt_lora_layers", every, "names nothing that the model has")
-        self.matrices = [matrix for branch in every for matrix in (branch.down, branch.up)]
+        self.every = [*self.beside.values(), *filter(None, [self.head])]
+        check(s, "ttt_lora_layers", self.every, "names nothing that the model has")
+        self.matrices = [matrix for branch in self.every for matrix in (branch.down, branch.up)]
         self.squares = [matrix.new_zeros(len(matrix), 1, 1) for matrix in self.matrices]
         self.steps = 0
         self.rate = s.ttt_lora_lr
         self.kept = 1 - s.ttt_lora_lr * s.ttt_lora_decay
 
-    def learn(self, nats: Tensor):
-        """A step for each document by itself, on the mean of its piece's nats (n, L)."""
+    def begin_at(self, first: int):
+        """From now on, the first row that is read belongs to this document."""
+        for branch in self.every:
+            branch.first = first
+
+    def add_gradients(self, nats: Tensor):
+        """Each document's gradients, of the mean of its piece's nats (n, L)."""
         nats.mean(dim=1).sum().backward()
+
+    def forget(self, documents: slice):
+        """Sets the gradients of some documents to 0."""
+        for matrix in self.matrices:
+            if matrix.grad is not None:
+                matrix.grad[documents] = 0.0
+
+    def step(self):
+        """A step for each document by itself, by its gradients, which are then dropped."""
         self.steps += 1
         for matrix, square in zip(self.matrices, self.squares, strict=True):
             self.move(matrix, square, matrix.grad)
 
     @torch.no_grad()
     def move(self, matrix: Tensor, square: Tensor, direction: Tensor):
-        """A matrix's step in a direction, its gradient, by the usual length of gradients."""
+        """A step of a matrix (slots, ...) in a direction, by default its gradient; s: square."""
         square.lerp_(matrix.grad.square().mean(dim=(1, 2), keepdim=True), 1 - BRANCH_BETA2)
         usual = (square / (1 - BRANCH_BETA2**self.steps)).sqrt() + 1e-10
         matrix.mul_(self.kept).sub_(self.rate * (direction / usual))
@@ -3806,14 +3931,14 @@ class Branches:
 
 @contextmanager
 def documents_alone(model: Model, branches: Branches | None):
-    """While entered, a row holds one document, layers add their branches', and weights stay."""
+    """While entered, a row is one document, layers have branches, and weights no gradients."""
     before = {"settings": model.settings, "attention_backend": model.attention_backend}
     device = model.rotary_table.device
     alone = replace(model.settings, document_reset=False)
     flash = replace(alone, attention_backend="flash")
     many = alone.attention_backend == "auto" and device.type == "cuda"
     if many and not attention_problem(flash, device):
-        alone = flash  # windows have many shapes, and for each cuDNN would make a plan
+        alone = flash  # windows have many shapes, for each of which cuDNN would make a plan
     backend = choose_attention_backend(alone, device)
     with ExitStack() as after:
         after.callback(vars(model).update, before, head_branch=None)
@@ -3828,11 +3953,11 @@ def documents_alone(model: Model, branches: Branches | None):
 
 
 def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict[str, list]]:
-    """Where a score's nats are: tables for the log, whose columns are sums over a row's targets.
+    """Where the nats of a score are: tables for the log, with sums of targets, bytes and nats.
 
-    Row i of the first ones has those where x has i binary digits (0 has none), row 15 all beyond; x
-    is the length of the target's document in tokens, its place there (BOS has 0), or its place in a
-    plain window. chunks: of TTT_CHUNK_TOKENS each, in order.
+    A table groups targets by a number x: the length of the target's document in tokens, its place
+    there (BOS has 0) or, of plain windows, its place in the window. Row i has those whose x has i
+    binary digits, row 15 all with more. The table "chunks" has a row for each TTT_CHUNK_TOKENS.
     """
     chunk, place = settings.ttt_chunk_tokens, np.arange(len(validation.tokens))
     begins = np.union1d(0, np.flatnonzero(validation.tokens == BOS_ID))
@@ -3861,46 +3986,46 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
 #     W[i, j]  ~  Q[i, j] · row_step[i] · column_step[j],        |Q[i, j]| <= limit[i]
 #
 #     limits  grid_limits(): 31, which is int6, in most rows; 127 where errors count for more
-#     steps   grid_steps(), SDClip's: a row's grid ends at k root-mean-squares of its weights
-#     k       fit_sdclip(): a larger k is a coarser grid, of fewer bytes; the finest whose file fits
-#     Q       gptq(): each column is rounded so that it makes up for the errors of those before;
+#     steps   grid_steps(), by SDClip: a row's grid ends at k root-mean-squares of its weights
+#     k       fit_sdclip(): a larger k is a coarser grid, of fewer bytes; the least whose file fits
+#     Q       gptq(): each column is rounded after it has made up for the errors of those before;
 #             collect_costs() says which errors count, by the layer's inputs
 #
-# With TRELLIS_STATES some weights stand at Q + 1/2 instead: trellis_points(). With SDCLIP_BY_MATRIX
-# and SDCLIP_BY_ROW steps differ by what errors cost, find_grid_factors(), and limits are 127.
+# With TRELLIS_STATES some weights are Q + 1/2 steps: trellis_points(). With SDCLIP_BY_MATRIX and
+# SDCLIP_BY_ROW steps differ by what errors cost, find_grid_factors(), and limits are 127.
 #
 # QUANTIZER=gptq is all of that, round takes the nearest integers; percentile, dsq and ternary have
-# grid steps of their own (section 12). Step sizes dt are another thing, section 4's.
+# grid steps of their own (section 12). These steps are not section 4's step sizes dt.
 
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
 INT6_MAX, INT8_MAX, TERNARY_MAX = 31, 127, 1
 SDCLIP_LEAST = 4.0  # the finest grid that is tried: weights beyond four root-mean-squares are rare
-SDCLIP_PARTS = 100  # of one: so far are the values of k apart that are tried up to SDCLIP_MOST
-SDCLIP_USUAL = 12.0  # k of the steps that find_grid_factors() compares with the best ones
+SDCLIP_PARTS = 100  # the values of k that are tried are 1 / 100 apart, up to SDCLIP_MOST
+SDCLIP_USUAL = 12.0  # k of the steps that find_grid_factors() begins with
 LEAST_ENERGY = 1e-3  # of a row's gradients, where the mean of its matrix is 1
-OTHER_BYTES = 4096.0  # of a file beside its numbers, with room for a wrong prediction
+OTHER_BYTES = 4096.0  # of a file besides its numbers, with room for a wrong prediction
 DAMPING_ATTEMPTS = 12  # tenfold each time, until a Hessian is positive definite
-LEAST_DAMPING = 1e-8  # of its mean diagonal, at the second attempt: float32 can tell no less
+LEAST_DAMPING = 1e-8  # of its mean diagonal, from the second attempt on: less is lost in float32
 TEXTS_AT_ONCE = 256  # that the model writes for CALIBRATION=self
 
-# The first part that a matrix's name has, and the kind of layer that it belongs to.
+# Kinds of layers. A matrix is of the kind of the first of these parts that its name contains.
 KINDS = {"bigram": "bigrams", "mlp": "MLP", "out_proj": "Mamba out", "_proj": "Mamba in"}
 KINDS |= {"mixer": "attention", "": "embedding"}
 
 
 def layer_kind(name: str) -> str:
-    """One of KINDS, by a matrix's name."""
+    """A matrix's kind, such as "Mamba in", by its name: one of the values of KINDS."""
     return next(kind for part, kind in KINDS.items() if part in name)
 
 
 def grid_limits(model) -> dict[str, Tensor]:
     """The largest integer in each row of every matrix, float32 (rows, 1), by the weight's name.
 
-    INT8_MAX have the tokens' embedding, an output matrix of its own, and the rows that make Mamba's
-    step sizes, decays, trapezoids and angles, whose errors the recurrence compounds: in the first
-    Mamba all of x_proj and dt_proj.
+    It is INT8_MAX in the tokens' embedding and an untied output matrix; and, because a recurrence
+    compounds their errors, in the rows that make step sizes, decays, trapezoids and angles: the
+    last dynamics_rows of in_proj, and in the first Mamba all of x_proj and dt_proj.
     """
     usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
     limits = {}
@@ -3918,29 +4043,30 @@ def grid_limits(model) -> dict[str, Tensor]:
 
 
 def exact_steps(steps: Tensor) -> Tensor:
-    """The nearest normal float16 numbers, float32: so no step is 0, not even of a row of zeros."""
+    """The nearest normal float16 numbers, as float32: never 0, even if a row's weights all are."""
     return steps.clamp(min=2**-14, max=60_000.0).half().float()
 
 
 def coarse_steps(steps: Tensor) -> Tensor:
-    """exact_steps() of four leading bits, within 6 %: LZMA makes half a byte of one.
+    """exact_steps() rounded to four significant bits, which LZMA stores in half a byte.
 
-    Finer and coarser grids' bits and errors even out but for such parts' mean square, 0.1 %.
+    That is within 6 % of a step. What too fine and too coarse grids cost or save evens out, but for
+    the mean square of these 6 %, about 0.1 %.
     """
     numbers = exact_steps(steps).half().view(torch.int16)
-    return ((numbers + 64) & -128).view(torch.float16).float()  # 3 of 10 bits behind the first
+    return ((numbers + 64) & -128).view(torch.float16).float()  # keeps 3 of 10 bits of mantissa
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """The integers, in weight's type, whose products with grid steps scale are nearest to it."""
+    """The integers, in weight's dtype, whose products with the grid steps `scale` are nearest."""
     return (weight / scale).round().clamp(-limits, limits)
 
 
-# Trellises by their number of states. Bit i of the first number says whether the points of state i
-# are halves, of the second whether it takes an odd integer for an even one. Both are parities of
-# some bits of i: those that leave uniform numbers the least error, 0.99 to 1.23 dB below integers'.
+# Trellises by their number of states: two bit fields. Bit i of the first says whether the points of
+# state i are halves; of the second, whether odd integers count as even. Both are parities of some
+# bits of i: those with the least error on uniform numbers, 0.99 to 1.23 dB below integers'.
 TRELLISES = {4: (0xA, 0xC), 8: (0xAA, 0x96), 16: (0xAAAA, 0xA55A), 32: (0x5A5A5A5A, 0x5AA5A55A)}
-TRELLIS_ROWS = 128  # of a column, after which the next trellis begins
+TRELLIS_ROWS = 128  # of a column, after which a new path begins in state 0
 
 
 def trellis_tables(states: int, device=None) -> Tensor:
@@ -3950,16 +4076,16 @@ def trellis_tables(states: int, device=None) -> Tensor:
 
 
 def trellis_points(integers: Tensor, states: int) -> Tensor:
-    """Where integers k (rows, columns) stand, in units of a step: at k or k + 1/2, float32.
+    """What integers k (rows, columns) stand for, in units of a step: k or k + 1/2, float32.
 
-    Trellis coded quantization (Marcellin and Fischer, 1990). Down a column goes a state, 0 at
-    first, which has two bits h and f in trellis_tables():
+    Trellis coded quantization (Marcellin and Fischer, 1990). A state, 0 at first, moves down each
+    column; it has two bits h and f in trellis_tables():
 
         point = k + h / 2,        next state = (2 · state + (k mod 2 xor f)) mod states.
 
-    A state offers as many points as there are integers, so that they take no more bits; but many
-    paths of states lead down a column, and one of them passes nearly as close to the weights as a
-    grid of half the step: where two meet, k mod 2 keeps their points apart (Ungerboeck, 1982).
+    Each state has as many points as there are integers, so that these take no more bits. But many
+    paths of states lead down a column, and the best comes nearly as close to the weights as a grid
+    of half the step: where two paths meet, k mod 2 keeps their points apart (Ungerboeck, 1982).
     """
     halves, flips = trellis_tables(states)
     rows, columns = integers.shape
@@ -3973,10 +4099,10 @@ def trellis_points(integers: Tensor, states: int) -> Tensor:
 
 
 def round_by_trellis(column: Tensor, step: Tensor, limits: Tensor, states: int, weights=1.0):
-    """The trellis_points() whose products with step err least, squared and summed over a column.
+    """The trellis_points() that, times step, have the least squared error summed over the column.
 
-    All are (..., rows, 1), float32; limits are odd, and bound the integers. A row's errors count
-    times its weight: a path errs in some rows so that it need not in others.
+    All are (..., rows, 1), float32; limits are odd and bound the integers. Rows' errors are
+    multiplied by weights before: a path accepts errors in some rows to avoid them in others.
     """
     rows = column.shape[-2]
     numbers = torch.stack([column / step, step * weights, limits]).squeeze(-1)
@@ -3987,11 +4113,11 @@ def round_by_trellis(column: Tensor, step: Tensor, limits: Tensor, states: int, 
 
 
 def trellis_search(numbers: Tensor, states: int) -> Tensor:
-    """The points (segments, rows) of best paths: Viterbi's algorithm, segments at once.
+    """The points (segments, rows) of best paths: Viterbi's algorithm, all segments at once.
 
-    numbers (3, segments, rows): weights over steps, steps, which are 0 behind the last row of a
-    matrix, and limits. Into state 2 i + u lead two branches, from i and from i + states / 2;
-    the better one is kept, and in the end the best state's are gone back.
+    numbers (3, segments, rows): weights over steps; steps, which are 0 after a matrix's last row;
+    limits. Two branches lead into state 2 i + u, from state i and from i + states / 2: the cheaper
+    one is kept, and at the end the path into the cheapest state is followed back.
     """
     x, step, limits = numbers.mT.unsqueeze(2)  # (rows, 1, segments)
     halves, flips = trellis_tables(states, x.device)
@@ -4002,11 +4128,11 @@ def trellis_search(numbers: Tensor, states: int) -> Tensor:
     points = integers.clamp(-most, most) + half
     errors = ((x - points) * step).square()
     u = torch.arange(2, device=x.device)
-    grids = halves.unsqueeze(1) + 2 * (u ^ flips.unsqueeze(1))  # of each state's branches
+    grid = halves.unsqueeze(1) + 2 * (u ^ flips.unsqueeze(1))  # of each state's two branches
     cost = x.new_full((states, x.shape[2]), math.inf)
     cost[0] = 0
     choices = []
-    for error in errors.index_select(1, grids.flatten()).unflatten(1, (2, -1, 2)):
+    for error in errors.index_select(1, grid.flatten()).unflatten(1, (2, -1, 2)):
         first, second = cost.view(2, -1, 1, x.shape[2]) + error
         choices.append(second < first)
         cost = torch.minimum(first, second).view(cost.shape)
@@ -4015,7 +4141,7 @@ def trellis_search(numbers: Tensor, states: int) -> Tensor:
     for step_back in steps_back.flip(0):
         path.append((path[-1] >> 1) + step_back.gather(0, path[-1]))
     path = torch.stack(path[::-1])
-    return points.gather(1, grids[path[:-1], path[1:] % 2]).squeeze(1).mT
+    return points.gather(1, grid[path[:-1], path[1:] % 2]).squeeze(1).mT
 
 
 def sdclip_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
@@ -4024,7 +4150,7 @@ def sdclip_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
 
 
 def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tensor, Tensor]:
-    """A matrix's grid steps, of rows (rows, 1) and columns (columns,); k is that of int6 rows."""
+    """A matrix's grid steps of rows (rows, 1) and columns (columns,). k: of rows that are int6."""
     clips = torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k)
     if settings.quantizer == "dsq":
         return decoupled_steps(weight, limits, clips)
@@ -4034,13 +4160,13 @@ def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tens
 
 
 def stand_in(limits: Tensor) -> tuple[Tensor, Tensor]:
-    """For a skeleton's matrix: Gaussian rows (64, 256), of limits spread over the real ones."""
+    """In place of a skeleton's matrix: Gaussian rows (64, 256), and limits (64, 1) from its own."""
     rows = torch.linspace(0, len(limits) - 1, 64).long()
     return torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), limits[rows]
 
 
 def grids(model, settings, matrices: dict[str, Tensor], k: float):
-    """Yields name, weight, limits, row and column steps of each of grid_limits(model)'s."""
+    """Yields name, weight, limits, row and column steps, with grid_factors, of grid_limits()'s."""
     for name, limits in matrices.items():
         weight = model.get_parameter(name).detach()
         if weight.is_meta:
@@ -4054,7 +4180,7 @@ def grids(model, settings, matrices: dict[str, Tensor], k: float):
 
 
 def float_type(name: str) -> str:
-    """The type in an artifact of a vector, or of a matrix's grid steps, by the parameter's name."""
+    """The dtype in an artifact of a vector or of a matrix's grid steps, by a parameter's name."""
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
@@ -4065,13 +4191,13 @@ def predict_bytes(model, settings, k: float, solvers=None) -> float:
 
 @torch.no_grad()
 def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
-    """Bytes of the artifact with this k: by KINDS, of vectors, and beside its numbers.
+    """Bytes of the artifact with this k: by values of KINDS, of "vectors", and "beside" numbers.
 
-    The nearest integers stand for GPTQ's, of weights that spread as solvers, calibrate()'s, make
-    them. The coder takes 0.1 % more than their entropy, and its last states (4 bytes for each
-    lane), which hold as much of it as packed frequencies take. LZMA leaves 0.6 at most of the 2
-    bytes of coarse_steps(), 1.6 of other steps, and 0.35 of a byte of measure_reaches(). A
-    skeleton's weights are taken to be Gaussian, as stand_in() says.
+    GPTQ's integers are not known yet: the nearest ones stand in, of weights that spread_by_gptq()
+    has spread as GPTQ would (solvers: calibrate()'s). Measured: the coder takes 0.1 % more than the
+    entropy, and 4 bytes for each lane's last state, which hold about as many bits as the packed
+    frequencies cost. LZMA makes at most 0.6 bytes of one of coarse_steps(), 1.6 of another step,
+    0.35 of one of measure_reaches(). A skeleton's weights are Gaussian: stand_in().
     """
     matrices = grid_limits(model)
     others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
@@ -4083,7 +4209,7 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
         scale = rows * columns
         if solvers and name in solvers:
             weight = spread_by_gptq(weight, scale, solvers[name][1], settings.trellis_states > 0)
-        if settings.trellis_states:  # every second integer stands for what is half a step more
+        if settings.trellis_states:  # half of all integers stand for half a step more
             weight = weight - scale * (torch.arange(weight.shape[1], device=scale.device) % 2) / 2
         integers = round_to_grid(weight, scale, limits)
         places = code_places(measure_reaches(settings, integers), integers)
@@ -4100,10 +4226,10 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
 
 
 def spread_by_gptq(weight: Tensor, scale: Tensor, upper: Tensor, by_trellis: bool) -> Tensor:
-    """The weight, its rows as wide as GPTQ's columns are when they are rounded.
+    """The weight, with rows scaled to the size that they have when GPTQ rounds their columns.
 
-    To column j those before it have added their errors, step² / 12, times (U[i, j] / U[i, i])²; on
-    a trellis, whose half steps widen the integers already, a third of that was seen.
+    By then the columns i before have added to column j their mean square errors, step² / 12, times
+    (U[i, j] / U[i, i])²; on a trellis, whose half steps spread integers already, a third of that.
     """
     taken = (upper / upper.diagonal().unsqueeze(1)).triu(1).square().sum(0).mean()
     errors = taken * scale.square().mean(1, keepdim=True) / (36 if by_trellis else 12)
@@ -4111,23 +4237,23 @@ def spread_by_gptq(weight: Tensor, scale: Tensor, upper: Tensor, by_trellis: boo
 
 
 def fit_sdclip(model, settings, target_bytes: float, solvers=None) -> float:
-    """The k of int6 rows: SDCLIP_K, or if 0 the least whose artifact should fit, or SDCLIP_MOST."""
+    """SDCLIP_K or, if 0, the least k that should fit, or SDCLIP_MOST; UserError if not finite."""
     finite = all(p.is_meta or p.isfinite().all() for p in model.parameters())
     need(finite, f"weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
     most, least = (int(SDCLIP_PARTS * k) for k in (settings.sdclip_most, SDCLIP_LEAST))
     falling = [k / SDCLIP_PARTS for k in range(most, least - 1, -1)]
-    size = partial(predict_bytes, model, settings, solvers=solvers)  # which rises as k falls
+    size = partial(predict_bytes, model, settings, solvers=solvers)  # rises as k falls
     return falling[max(1, bisect.bisect_right(falling, target_bytes, key=size)) - 1]
 
 
 @contextmanager
 def fake_quantization(model, matrices: dict[str, Tensor], k: float):
-    """Quantization-aware training: inside, matrices stand on their grids, grid_limits(model).
+    """Quantization-aware training: while entered, matrices (grid_limits()) are on their grids.
 
-    After it the weights are what they were, and take gradients that were computed at rounded ones:
-    the straight-through estimator (arXiv 1308.3432).
+    After that the weights are what they were before; the gradients computed at rounded weights are
+    applied to them: the straight-through estimator (arXiv 1308.3432).
     """
     weights = [model.get_parameter(name).detach() for name in matrices]
     kept = [weight.clone() for weight in weights]
@@ -4141,10 +4267,10 @@ def fake_quantization(model, matrices: dict[str, Tensor], k: float):
 
 
 def calibration_sequences(model, settings, ranks, batches, track=iter) -> Tensor:
-    """This rank's part (n, T) of CALIBRATION_TOKENS tokens, int64, of which Hessians are made.
+    """This rank's part (n, T), int64, of the CALIBRATION_TOKENS tokens that collect_costs() reads.
 
     CALIBRATION=train: the next ones of batches. self: texts that the model writes after BOS.
-    track: Log.track(), or iter.
+    track: Log.track() to show progress, or iter.
     """
     s = settings
     length = s.train_seq_len if s.calibration == "train" else min(s.gptq_gen_len, s.train_seq_len)
@@ -4163,19 +4289,18 @@ def calibration_sequences(model, settings, ranks, batches, track=iter) -> Tensor
 
 
 def collect_costs(model, batches, ranks, with_energies: bool = False) -> tuple[dict, dict]:
-    """What errors cost: of each matrix's weights its Hessian, of its outputs their energies.
+    """What errors cost: every matrix's Hessian, and the energies of linear layers' outputs.
 
     H = 2 sum x x^T over every input x, float32 (columns, columns): weights that are off by D change
-    the outputs, squared and summed over all inputs, by sum(D H * D) / 2. Energies, if asked for, of
-    linear layers alone: the mean of g^2, float32 (rows,), g being the gradient of the text's nats
-    by an output: one that is off by e costs about (g e)^2 / 2. Both by weights' names, of batches
-    (n, T) int64, on each rank its own. Parameters' gradients, which may lie in a CUDA graph's
-    memory, stay what they are.
+    the outputs, squared and summed over all inputs, by sum(D H * D) / 2. Energies, if wanted: the
+    mean g^2, float32 (rows,), where g is the gradient of the text's nats by an output: one that is
+    off by e costs about (g e)^2 / 2. Both are returned by weights' names, of all ranks' batches
+    (n, T) int64. Parameters' gradients, perhaps in a CUDA graph's memory, are not touched.
     """
     hessians: dict[str, Tensor] = {}
     energies: dict[str, Tensor] = {}
     outputs: list[tuple[str, Tensor]] = []
-    counts = collections.Counter()  # alike on all ranks
+    counts = collections.Counter()  # of outputs, on all ranks together
 
     @torch.no_grad()
     def add(name: str, x: Tensor):
@@ -4189,7 +4314,7 @@ def collect_costs(model, batches, ranks, with_energies: bool = False) -> tuple[d
 
     with ExitStack() as undo, torch.set_grad_enabled(with_energies):
         for module in model.modules():
-            if isinstance(module, MLP):  # as one operator its matrices would have no outputs
+            if isinstance(module, MLP):  # fused to one operator, its matrices have no outputs
                 undo.callback(setattr, module, "can_fuse", module.can_fuse)
                 module.can_fuse = False
         for name, layer in model.linear_layers().items():
@@ -4210,15 +4335,15 @@ def collect_costs(model, batches, ranks, with_energies: bool = False) -> tuple[d
 
 
 @torch.no_grad()
-def find_row_costs(model, solvers: dict, energies: dict) -> dict[str, Tensor]:
-    """c_i of each row in energies, float32 (rows, 1): what errors of its weights cost the text.
+def find_row_costs(solvers: dict, energies: dict) -> dict[str, Tensor]:
+    """c_i of each row i in energies, float32 (rows, 1): what errors of its weights cost the text.
 
-    GPTQ leaves of an error e, made at column j's turn, e / U[j, j] in the layer's outputs, which
-    costs energy_i (e / U[j, j])². Column by column that is c_i e² in the mean,
+    If column j is off by e when it is rounded, GPTQ's corrections leave e / U[j, j] of it in the
+    outputs, which costs energy_i (e / U[j, j])². The mean over columns is c_i e², with
 
         c_i = energy_i · (mean over j of 1 / U[j, j]²),
 
-    energies of collect_costs(), U of gptq(). No row counts for less than LEAST_ENERGY.
+    energies by collect_costs(), U in solvers. No row counts for less than LEAST_ENERGY.
     """
     costs = {}
     for name, energy in energies.items():
@@ -4232,12 +4357,12 @@ def find_row_costs(model, solvers: dict, energies: dict) -> dict[str, Tensor]:
 def find_grid_factors(model, settings) -> dict[str, Tensor]:
     """What row steps are multiplied by so that bits go where errors cost most: float32 (rows, 1).
 
-    Rounding row i of a matrix with steps s_i costs about c_i s_i² a weight, c_i of row_costs. A
-    weight takes -log s_i and a constant of bits. At a given sum of bits the sum of costs is least
-    where all c_i s_i² are equal: factors f_i of the usual steps with f_i ~ c_i^(-1/2) / s_i. Of
-    log f_i the part SDCLIP_BY_ROW is taken of what differs in a matrix, whose rows share a table of
-    frequencies, and SDCLIP_BY_MATRIX of what is common to it, where the mean of c_i (f_i s_i)²
-    decides. Over all weights of these matrices the mean log f_i is 0.
+    Rounding row i of a matrix with steps s_i costs about c_i s_i² a weight, c_i of row_costs, and
+    takes -log2 s_i bits a weight, plus a constant. At a given sum of bits, costs are least if all
+    c_i s_i² are equal: factors f_i of the usual steps with f_i ~ c_i^(-1/2) / s_i. log f_i is
+    split in two: of what differs among a matrix's rows, the part SDCLIP_BY_ROW is taken; of what
+    they have in common, by the mean of c_i (f_i s_i)², the part SDCLIP_BY_MATRIX. The mean of
+    log f_i over all weights of these matrices is 0.
     """
     limits = grid_limits(model)
     logs = {}
@@ -4255,12 +4380,12 @@ def find_grid_factors(model, settings) -> dict[str, Tensor]:
 
 
 def factor_hessian(hessian: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
-    """What gptq() knows of a matrix's inputs by their Hessian H (columns, columns): three tensors.
+    """What gptq() has to know of a matrix's inputs, from their Hessian H (columns, columns).
 
-    The order in which columns are rounded, (1, columns), the first where inputs are largest; in it
-    the upper U (columns, columns) with U^T U = (H + damping I)^-1, where damping is damp of H's
-    mean diagonal, or ten times as much (and what float32 can tell) until that is positive definite;
-    and whether a column's input was never seen, (1, columns) bool. UserError where H is not finite.
+    Returns: the order in which columns are rounded, (1, columns) int64, largest inputs first; in
+    that order, U (columns, columns), upper triangular with U^T U = (H + damping I)^-1; whether a
+    column's input was always 0, (1, columns) bool. Damping is damp times H's mean diagonal, or ten
+    times as much until the sum is positive definite. Raises UserError if H is not finite.
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp(min=1e-9)
@@ -4280,9 +4405,9 @@ def factor_hessian(hessian: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor,
 
 
 def factor_hessians(hessians: dict[str, Tensor], damp: float, ranks) -> dict[str, tuple]:
-    """factor_hessian() of each, by name: a rank factors its part of them, and all get all."""
+    """factor_hessian() of each, by name; each rank makes a part. Empties `hessians`; UserError."""
     finite = all(hessian.isfinite().all() for hessian in hessians.values())
-    need(finite, DIVERGED)  # on every rank alike: none waits for another's factors
+    need(finite, DIVERGED)  # on all ranks at once, so that none waits for another's factors
     solvers = {}
     for number, name in enumerate(sorted(hessians, key=lambda x: (len(hessians[x]), x))):
         hessian = hessians.pop(name)
@@ -4292,7 +4417,7 @@ def factor_hessians(hessians: dict[str, Tensor], damp: float, ranks) -> dict[str
             order = hessian.new_zeros(1, len(hessian), dtype=torch.int64)
             solvers[name] = order, torch.zeros_like(hessian), order > 0
     for tensor in itertools.chain(*solvers.values()):
-        ranks.sum_(tensor)  # zeros but on the rank that factored it
+        ranks.sum_(tensor)  # zeros except on the rank that factored it
     return solvers
 
 
@@ -4307,11 +4432,11 @@ def gptq(
 
         q = round(w_j / s_j),    e = (w_j - q s_j) / U[j, j],    W[:, j+1:] -= e U[j, j+1:],
 
-    takes out of the columns to come, as well as they can, what rounding column j did to the
-    outputs. Columns after a block take its errors at once. A trellis rounds by round_by_trellis(),
-    its rows' errors times weights (..., rows, 1): where these are square roots of find_row_costs(),
-    a path is the one that costs least. By errors alone it would favour rows of large steps, which
-    are large because the least depends on them.
+    changes the columns to come so that they undo, as well as they can, what rounding column j did
+    to the outputs. Columns after a block get its errors all at once. With trellis_states,
+    round_by_trellis() rounds, rows' errors times weights (..., rows, 1): with the square roots of
+    find_row_costs(), the path that costs least. By errors alone it would care most for rows of
+    large steps, which are large because least depends on them.
     """
     weight = weight.masked_fill(unused, 0.0).take_along_dim(order, -1)
     scale = scale.take_along_dim(order, -1)
@@ -4322,7 +4447,7 @@ def gptq(
     for first in range(0, columns, block_size):
         last = min(first + block_size, columns)
         for j in range(first, last):
-            # Left of j stand integers, from it to last weights that make up for all errors so far.
+            # Left of j are integers; from j to last, weights that make up for all errors so far.
             step, column = scale[..., j, None], weight[..., j, None]
             rounded = rounding(column, step, limits)
             error = (column - rounded * step) / upper[..., j, j, None, None]
@@ -4335,11 +4460,12 @@ def gptq(
 
 @torch.no_grad()
 def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) -> dict:
-    """What the artifact stores of the model, in its order; the same on all ranks.
+    """What the artifact stores of the model, in the order of its parameters; alike on all ranks.
 
-    First by each parameter's name a vector in its float_type(), or a matrix's grid steps
+    First, by each parameter's name, a vector in its float_type() or a matrix's grid steps
     (rows + columns,), float16; then as "NAME integers" each matrix, int8 (rows, columns). solvers:
-    factor_hessian()'s by name; without one, the nearest integers. One rank rounds all of a shape.
+    factor_hessian()'s by name; a matrix without one gets the nearest integers (or trellis points).
+    All matrices of a shape are rounded by one rank, at once.
     """
     parameters = model.named_parameters()
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in parameters}
@@ -4355,26 +4481,26 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
     for group in track([*problems.values()][ranks.rank :: ranks.world_size]):
         stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
         options = settings.gptq_block_size, settings.trellis_states
-        rounded = gptq(*stacked, *options).floor()  # of a trellis's points, the integers
+        rounded = gptq(*stacked, *options).floor()  # of a trellis's k + 1/2, the k
         for name, integers in zip(group, rounded, strict=True):
             stored[f"{name} integers"].copy_(integers)
     for name in matrices:
-        ranks.sum_(stored[f"{name} integers"])  # zeros but on the rank that rounded it
+        ranks.sum_(stored[f"{name} integers"])  # zeros except on the rank that rounded it
     return stored
 
 
 # ==================================================================================================
 # 9. Artifact
 #
-# The file, its numbers little-endian; nothing in it is unpickled or run:
+# The file; numbers are little-endian, and nothing in it is unpickled or run:
 #
 #     SSMGOLF4{"bigram_dim":128, ... ,"vocab_size":8192}\n    magic; artifact_header() as JSON
 #     LZMA stream of the record                               vectors, grid steps, frequencies
 #     uint16 ...                                              the integers of all matrices, coded
 #     32 bytes                                                SHA-256 of all before
 #
-# The record, decompressed, has without gaps an entry for each parameter in the order of
-# Model.named_parameters(), then what the coder has to know: name, type, numbers.
+# The record, once decompressed, has an entry for each parameter in the order of
+# Model.named_parameters(), then what the decoder has to know, without gaps: name, type, numbers.
 #
 #     bigram_scale                           float16   1                a vector, rounded to it;
 #     ...
@@ -4391,9 +4517,9 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
 #
 # Without SHARED_TABLES each matrix has a code and a table of its own: matrices, 1, 256 frequencies.
 #
-# in_proj's row steps stand in the order of MambaSizes.columns(): those of its int8 rows, step sizes
-# first, are the last dynamics_rows of them. exact_steps() made all steps numbers of float16, those
-# of int8 rows too, whose 8 bits buy reach (little clipping) and, at a large k, a finer grid.
+# in_proj's row steps are in the order of MambaSizes.columns(). Those of its int8 rows, step sizes
+# first, are the last dynamics_rows. exact_steps() has made every step a float16 number, those of
+# int8 rows too: their 8 bits buy reach (little clipping) and, at a large k, a finer grid.
 
 
 ARTIFACT_MAGIC = b"SSMGOLF4"  # changes with the layout above
@@ -4401,24 +4527,24 @@ MOST_NUMBERS = 1 << 26  # of a model that is loaded: 256 MB in float32
 DIGEST_BYTES = 32
 
 # The entropy coder: asymmetric numeral systems (arXiv 1311.2540), within 0.2 % of the entropy; LZMA
-# takes 3 to 8 % more. The state is one whole number, used as a stack: a value that comes f times in
-# 65,536 makes it about 65,536 / f times as large, which takes log2(65,536 / f) bits, and can be
-# taken off again, for the 65,536 remainders are shared out as slots, f to each value. Values are
-# put on last first, so that they are taken off in order.
+# takes 3 to 8 % more. The state is one whole number, used as a stack. Pushing a value that occurs f
+# times in 65,536 makes the state about 65,536 / f times as large: log2(65,536 / f) bits. It can
+# be popped again because the 65,536 remainders are shared out as slots, f to each value. Values
+# are pushed from the last to the first, so that they are popped in order.
 ANS_LANES = 256  # states, which take turns: number n of a matrix is on state n % 256
 ANS_BITS = 16  # frequencies sum to 2^16; states have 17 to 32 bits between two values
 
-# A value's frequency is that among integers that reach as far, wherever they stand: steps that
-# follow errors' costs set rows of one matrix octaves apart, and a table in common takes more bits.
+# A value's frequency is counted among integers that reach as far, in whichever matrix: as steps
+# follow errors' costs, rows of one matrix are octaves apart, and one table for all costs more bits.
 TABLES = 64  # of frequencies, a quarter of an octave apart
-REACH = 16  # the number of the table of those whose root mean square is 1
+REACH = 16  # the table of integers whose root mean square is 1
 
 
 def ans_push(state, frequency, start, bits: int = ANS_BITS):
-    """The state with a value on top that has the slots start to start + frequency - 1 of 2^bits.
+    """The state after pushing a value that has the slots start to start + frequency - 1 of 2^bits.
 
-    With four slots, 0 to 2 for the letter A and 3 for B, and an empty state of 4, the text "ABA" is
-    put on from its end; A takes 0.4 bits, B two. Numbers or arrays.
+    Numbers or arrays. With four slots, 0 to 2 for the letter A and 3 for B, and 4 as the empty
+    state, the text "ABA" is pushed from its end; A takes 0.4 bits, B two:
 
     >>> ans_push(4, frequency=3, start=0, bits=2)  # A: 4 // 3 = 1 times four, slot 0 + 4 % 3 = 1
     5
@@ -4431,7 +4557,7 @@ def ans_push(state, frequency, start, bits: int = ANS_BITS):
 
 
 def ans_pop(state, frequency, start, bits: int = ANS_BITS):
-    """The state under its top value, which the slot tells, state % 2^bits: undoes ans_push().
+    """The state before its top value was pushed; the slot, state % 2^bits, tells which value it is.
 
     >>> ans_pop(30, frequency=3, start=0, bits=2)  # 30 % 4 is slot 2: A
     23
@@ -4447,9 +4573,8 @@ def ans_pop(state, frequency, start, bits: int = ANS_BITS):
 def measure_reaches(settings, integers: Tensor) -> Tensor:
     """How far a matrix's integers reach: uint8 (rows + columns,), in quarters of an octave.
 
-    REACH stands for a root mean square of 1: of a row; and of a column once rows are divided by
-    theirs. Integers of a trellis stand for what is a quarter more in the mean. Without
-    SHARED_TABLES all are 0, which is not stored.
+    REACH stands for a root mean square of 1: of a row, and of a column of rows divided by theirs.
+    On a trellis an integer stands for 1/4 more in the mean. Without SHARED_TABLES: 0, not stored.
     """
     if not settings.shared_tables:
         return integers.new_zeros(sum(integers.shape), dtype=torch.uint8)
@@ -4468,23 +4593,23 @@ def choose_tables(reaches: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def code_places(reaches: Tensor, integers: Tensor) -> Tensor:
-    """256 times the number of its table, plus its byte: of each integer, int32 (rows, columns)."""
+    """For each integer 256 times the number of its table, plus its byte: int32 (rows, columns)."""
     return 256 * choose_tables(reaches, *integers.shape) + (integers.int() & 255)
 
 
 def count_values(places: Tensor) -> Tensor:
-    """How often values come in each table, float64 (TABLES, 256), by code_places()."""
+    """How often each value occurs in each table, float64 (TABLES, 256), from code_places()."""
     return torch.bincount(places.flatten(), minlength=256 * TABLES).view(TABLES, 256).double()
 
 
 def code_bits(counts: Tensor) -> Tensor:
-    """The bits of a value that comes f times among its table's n: log2(n / f), as counts."""
-    counts = counts.clamp(min=1e-9)  # of those that never come any number will do
+    """log2(n / f) bits for a value that occurs f times among its table's n; the shape of counts."""
+    counts = counts.clamp(min=1e-9)  # for values that never occur, any number will do
     return (counts.sum(1, keepdim=True) / counts).log2()
 
 
 def codes_of(settings, names) -> list[list[str]]:
-    """Which matrices have a code in common: all of them, or each has one of its own."""
+    """Groups of matrices that share a code: one group of all, or each matrix by itself."""
     return [list(names)] if settings.shared_tables else [[name] for name in names]
 
 
@@ -4494,13 +4619,13 @@ def count_tables(settings) -> int:
 
 
 def encode_integers(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Integers by their code_places() (n,) as frequencies, uint32 (count, 256), and code, uint16.
+    """Encodes code_places() (n,) of `count` tables: frequencies, uint32 (count, 256), and uint16s.
 
-    States that a value would take beyond 32 bits first hand 16 of them to the code, and in the end
-    all states follow; it is turned round, as decoding begins with what came last.
+    A state that a value would take beyond 32 bits first gives its lower 16 to the code; at the end
+    all states follow. Then the code is reversed, as decoding begins with what came last.
     """
     counts = np.bincount(places, minlength=256 * count).reshape(count, 256)
-    # Of 65,536 slots each value's part, but one at least; the most frequent one gives what lacks.
+    # Each value's part of 65,536 slots, one at least; the most frequent value makes up the sum.
     slots = 1 << ANS_BITS
     totals = counts.sum(1, keepdims=True).clip(1)
     frequencies = np.maximum(counts * slots // totals, counts > 0)
@@ -4523,7 +4648,7 @@ def encode_integers(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
 
 
 def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarray) -> tuple:
-    """Undoes encode_integers(): the integers, int8 (n,), and the words behind; or ValueError."""
+    """Undoes encode_integers(), with tables (n,): int8 (n,), and the words left; or ValueError."""
     slots = 1 << ANS_BITS
     frequencies = frequencies.astype(np.int64)
     if (frequencies.sum(1) != slots).any() or len(words) < 2 * ANS_LANES:
@@ -4534,7 +4659,7 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarr
     words = words[2 * ANS_LANES :]
     state = low + (high << 16)
     filled = np.append(tables, tables[-1:].repeat(-len(tables) % ANS_LANES))
-    for row in filled.reshape(-1, ANS_LANES):  # tables, which values take the places of
+    for row in filled.reshape(-1, ANS_LANES):  # of tables; values replace them
         symbol = symbol_of_slot[slots * row + state % slots]
         place = 256 * row + symbol
         row[:] = symbol
@@ -4550,13 +4675,13 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarr
 
 
 def artifact_header(settings, tokenizer_sha256: str = "") -> dict:
-    """An artifact's header: its model's settings, tokenizer, and training's preset and window."""
+    """An artifact's header: MODEL_FIELDS, the tokenizer's hash, training's preset and window."""
     header = {n: getattr(settings, n) for n in (*MODEL_FIELDS, "preset", "train_seq_len")}
     return header | {"tokenizer_sha256": tokenizer_sha256}
 
 
 def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "") -> bytes:
-    """The artifact, as drawn above, of the tensors that quantize_model() returned."""
+    """The artifact's bytes, laid out as above, from the tensors that quantize_model() returned."""
     integers = {name: x.cpu() for name, x in stored.items() if x.dtype == torch.int8}
     record = [x.cpu().numpy() for name, x in stored.items() if name not in integers]
     reaches = {name: measure_reaches(settings, x) for name, x in integers.items()}
@@ -4575,9 +4700,9 @@ def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "
 
 
 def bytes_by_kind(model, stored: dict[str, Tensor], size: int) -> dict[str, int]:
-    """Of an artifact's size bytes, those of each kind of layer's integers in int6 and int8 rows.
+    """How many of an artifact's `size` bytes code the integers of each kind of layer's rows.
 
-    By code_bits(); "rest" is all else.
+    By code_bits(), separately for int6 and int8 rows; "rest" is all else in the file.
     """
     found = collections.Counter()
     matrices = grid_limits(model)
@@ -4606,8 +4731,8 @@ def seal(magic: bytes, header: dict, *payload) -> list:
     return [*parts, digest.digest()]
 
 
-# What a sealed file means that was written before there was a setting. Whoever adds one that a
-# header holds (artifact_header(), Trainer.header()) adds here, for good, what came without it.
+# What headers mean that lack a setting, because they were written before there was one. A new
+# setting in a header (artifact_header(), Trainer.header()) needs an entry here, for good.
 FORMER_DEFAULTS = {"tokenizer_sha256": "", "training_data": "", "document_scope": "scans"}
 FORMER_DEFAULTS |= {"xsa_last_n": 0, "rope_base": 1e4, "ln_scale": False, "calibration": "train"}
 FORMER_DEFAULTS |= {"tie_embeddings": True, "tied_embed_init_std": 0.005, "embed_wd": -1.0}
@@ -4625,12 +4750,12 @@ FORMER_DEFAULTS |= {"shared_tables": False, "preset": "", "train_seq_len": 0}  #
 
 
 def read_header(line: bytes | str, usual: dict) -> dict:
-    """A line's header, of usual's names and types, or UserError; older ones: FORMER_DEFAULTS."""
+    """A line's header, of usual's names and types, or UserError; FORMER_DEFAULTS complete it."""
     header = {}
     with suppress(ValueError, RecursionError):
         found = json.loads(line)
         header = found if isinstance(found, dict) else {}
-    # Left out are settings that are no more, where what holds instead is what they said.
+    # A setting that no longer exists is left out if its value is what holds without it.
     header = {n: value for n, value in header.items() if what_holds(n, value)}
     unknown = sorted(header.keys() - usual)
     if unknown:
@@ -4652,7 +4777,7 @@ WHERE_TO_FIND = {
 
 
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
-    """Header, by read_header(), and payload of seal()'s file of `most` bytes at most; UserError."""
+    """read_header() and payload of a file by seal(), of `most` bytes at most; else UserError."""
     need(os.path.isfile(path), f"no {what} at {path}: {WHERE_TO_FIND[what]}")
     with explained_errors(f"read {path}"):
         data = path.read_bytes() if path.stat().st_size <= most else b""
@@ -4676,7 +4801,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> Settings:
     """The settings with the model's from an artifact's header; UserError if given ones differ.
 
-    So must TOKENIZER_PATH, if there is one, where the header names its tokenizer.
+    So too if the file TOKENIZER_PATH exists and is not the tokenizer that the header names.
     """
     for name in MODEL_FIELDS:
         ours, theirs = getattr(settings, name), header[name]
@@ -4692,7 +4817,7 @@ def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> 
 
 
 def file_sha256(path: str | Path) -> str:
-    """The hexadecimal SHA-256 of a file; empty where there is none to read."""
+    """The hexadecimal SHA-256 of a file; "" if there is none, or it cannot be read."""
     with suppress(OSError):
         if os.path.isfile(path):
             return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -4700,7 +4825,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def model_skeleton(settings) -> Model:
-    """The model without memory for its numbers, of which an artifact may have MOST_NUMBERS."""
+    """The model without memory for its numbers; UserError if they are more than MOST_NUMBERS."""
     with torch.device("meta") as meta:
         model = Model(settings, meta)
     numbers = sum(p.numel() for p in model.parameters())
@@ -4710,11 +4835,11 @@ def model_skeleton(settings) -> Model:
 
 
 def check_size(skeleton: Model, target_bytes: float, memory: float):
-    """Raises UserError for a model that target_bytes cannot hold, or such a memory not quantize."""
+    """Raises UserError if the model cannot fit target_bytes, or its Hessians `memory` bytes."""
     s = skeleton.settings
     numbers = sum(p.numel() for p in skeleton.parameters())
-    # On the coarsest grid, whose steps are k / 31 of the root mean square, Gaussian weights take
-    # log2(sqrt(2 pi e) 31 / k) bits each; trained ones, which are uneven, a quarter less.
+    # On the coarsest grid, with steps of k / 31 root mean squares, a Gaussian weight takes
+    # log2(sqrt(2 pi e) 31 / k) bits; trained weights, which are not Gaussian, a quarter less.
     k = max(s.sdclip_most, s.sdclip_k)
     least = 0.75 * math.log2(math.sqrt(2 * math.pi * math.e) * INT6_MAX / k)
     if s.quantizer == "ternary":
@@ -4731,7 +4856,7 @@ def check_size(skeleton: Model, target_bytes: float, memory: float):
 
 
 def record_layout(skeleton: Model) -> np.dtype:
-    """The record of a model, as drawn above: its entries' names, types and shapes."""
+    """The layout of a model's record, as drawn above: its entries' names, types and shapes."""
     matrices = grid_limits(skeleton)
     entries = []
     for name, p in skeleton.named_parameters():
@@ -4745,9 +4870,9 @@ def record_layout(skeleton: Model) -> np.dtype:
 
 
 def read_record(payload: bytes, skeleton: Model) -> tuple[np.void, np.ndarray]:
-    """The record in a payload, of record_layout(), and the words of code behind it, uint16.
+    """The record in a payload, of record_layout(), and the code after it, uint16 (words,).
 
-    Raises ValueError or lzma.LZMAError for others, before it unpacks more than a record's bytes.
+    Raises ValueError or lzma.LZMAError for any other, and never unpacks more than a record's bytes.
     """
     layout = record_layout(skeleton)
     unpacker = lzma.LZMADecompressor()
@@ -4756,7 +4881,7 @@ def read_record(payload: bytes, skeleton: Model) -> tuple[np.void, np.ndarray]:
 
 
 def unpack_integers(record: np.void, words: np.ndarray, skeleton: Model) -> dict[str, Tensor]:
-    """Every matrix's integers, int8 (rows, columns), by name, of read_record(); or ValueError."""
+    """Every matrix's integers, int8 (rows, columns), by name, from read_record(); or ValueError."""
     settings = skeleton.settings
     shared = settings.shared_tables
     tables = {}
@@ -4778,7 +4903,7 @@ def unpack_integers(record: np.void, words: np.ndarray, skeleton: Model) -> dict
 
 
 def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
-    """The parameters, float32, in pack_artifact()'s payload of such a model; as read_record()."""
+    """The parameters by name, float32, from an artifact's payload; raises as read_record() does."""
     record, words = read_record(payload, skeleton)
     integers = unpack_integers(record, words, skeleton)
     states = skeleton.settings.trellis_states
@@ -4796,15 +4921,18 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
 
 
 def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Settings]:
-    """The model in an artifact on the rank's device, and adopt_artifact()'s settings; UserError."""
+    """An artifact's model, on the rank's device, and adopt_artifact()'s settings; or UserError."""
     header, payload = read_artifact(path)
     settings = adopt_artifact(header, settings, given, ranks.world_size)
-    skeleton = model_skeleton(settings)  # nothing is allocated before the shapes fit the file
+    skeleton = model_skeleton(settings)  # no memory is taken until the shapes fit the file
     try:
         parameters = unpack_artifact(payload, skeleton)
     except (ValueError, lzma.LZMAError):
         problem = "is not a usable artifact: its data are not its header's model"
         raise UserError(f"{path} {problem}") from None
+    for name, numbers in parameters.items():
+        finite = numbers.isfinite().all()
+        need(finite, f"{path} is not a usable artifact: {name} has numbers that are not finite")
     model = build_model(settings, ranks)
     model.load_state_dict(parameters)
     return model, settings
@@ -4812,20 +4940,20 @@ def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Set
 
 # ==================================================================================================
 # 10. Training and main
-# A story in time: a log, a clock, checkpoints, training, export, and main(), which tells it all.
+# In the order of a run: its log, clock, checkpoints, training, export, and main(), which calls all.
 
 
-MADE_FOLDERS = []  # by this process's make_folder(), each before the one in which it lies
+MADE_FOLDERS = []  # by this process's make_folder(), the innermost first
 
 
 def make_folder(folder: Path):
-    """Makes a folder, and those in which it lies, unless they are there.
+    """Makes a folder, and those in which it lies, unless they are there; may raise OSError.
 
-    One by one, from the outermost: before "new" is made, "new/../logs" does not seem to be there.
+    One by one, from the outermost: "new/../logs" does not exist before "new" is made.
     """
     for each in (*reversed(folder.parents), folder):
         if not each.is_dir():
-            with suppress(FileExistsError):  # another process was sooner, or it is a file
+            with suppress(FileExistsError):  # another process was faster, or it is a file
                 each.mkdir()
                 MADE_FOLDERS.insert(0, each)
     folder.mkdir(exist_ok=True)
@@ -4833,9 +4961,9 @@ def make_folder(folder: Path):
 
 @contextmanager
 def removing_empty_folders():
-    """In the end, takes away what make_folder() made and nothing stands in.
+    """At the end, removes the folders that make_folder() made and that are empty.
 
-    A start makes folders to see that it may write there; of one that is refused nothing is left.
+    A start makes folders to see that it may write there; if it is refused, nothing is left of it.
     """
     try:
         yield
@@ -4846,11 +4974,11 @@ def removing_empty_folders():
 
 
 def write_whole(path: Path, *parts, before: Path | None = None):
-    """Writes a file of bytes-like parts, whole or not at all; an older one is kept as before."""
+    """Writes bytes-like parts to a file, whole or not at all; its old content moves to `before`."""
     temporary = path.with_name(path.name + ".part")
     with explained_errors(f"write {path}"):
         make_folder(path.parent)
-        temporary.unlink(missing_ok=True)  # or a link would lead what is written to another file
+        temporary.unlink(missing_ok=True)  # if it were a link, another file would be overwritten
         try:
             with temporary.open("wb") as file:
                 file.writelines(parts)
@@ -4865,33 +4993,34 @@ def write_whole(path: Path, *parts, before: Path | None = None):
 
 # ---- Log -----------------------------------------------------------------------------------------
 
-PROGRESS_SECONDS = 5.0  # without a line until there is one on progress
+PROGRESS_SECONDS = 5.0  # after so long without a line, there is one on progress
 BAR = "{bar:20} {desc}"
 BAR_OPTIONS = {"leave": False, "mininterval": 0.2, "miniters": 0, "dynamic_ncols": True}
 
 
 class Log:
-    """Rank 0's account of a run: console, LOG_DIR/NAME.txt and NAME.jsonl; others tell errors only.
+    """What rank 0 tells of a run, on the console and in LOG_DIR/NAME.txt and NAME.jsonl.
 
     The .txt begins with this script, as the contest wants it; the .jsonl has an object per event.
+    Other ranks write only why they failed.
     """
 
     def __init__(self):
         self.started = time.perf_counter()
         self.last_line = time.monotonic()
-        self.score_at = 0.0  # about when the score will be there, by monotonic(); 0: not known
+        self.score_at = 0.0  # about when there will be a score, by monotonic(); 0: not known
         self.bar = None
-        self.settings = None  # of the run whose account it is, once it is open
+        self.settings = None  # the run's, once open() was called
         self.paths = []  # of text and of records
         self.files = []  # both, open, on rank 0
-        self.said = []  # where all is written: memory until begin(), from then on the files
+        self.said = []  # where both are written: to memory until begin(), then to the files
         self.begun = False
-        self.told = set()  # the events of this start, also of those without files
+        self.told = set()  # the events of this start, on every rank
 
     def open(self, settings, ranks, name: str):
-        """Takes the files of this name in LOG_DIR; UserError if they are a living run's.
+        """Claims the files of this name in LOG_DIR; UserError if a living run has them.
 
-        Nothing is in them before begin(): a refused start hides no earlier run, and leaves none.
+        Nothing is written to them before begin(): a refused start changes no earlier run's log.
         """
         self.settings = settings
         folder = Path(settings.log_dir)
@@ -4907,7 +5036,7 @@ class Log:
             self.said[0].write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
 
     def begin(self):
-        """Writes what was said so far; from now on all goes there at once."""
+        """Writes what was said so far to the files; from now on all goes there at once."""
         if not self.begun:
             with explained_errors("write logs"):
                 for file, said in zip(self.files, self.said, strict=True):
@@ -4917,7 +5046,7 @@ class Log:
             self.begun = True
 
     def __call__(self, line: str, event: str = "", console: str = "", **values):
-        """Writes a line of text, and for an event a record; the console may get another line."""
+        """Rank 0 writes a line (on the console `console`, if given) and, for an event, a record."""
         if not self.files:
             self.told.add(event)
             return
@@ -4942,7 +5071,7 @@ class Log:
         self.told.add(event)
 
     def failed(self, line: str, **values):
-        """Adds, on any rank, why the run ended; not before begin()."""
+        """Writes, on any rank, why the run ended; before begin() it does not."""
         if self.bar is not None:
             self.bar.close()
         if self.begun:
@@ -4954,9 +5083,9 @@ class Log:
                 self.record("error", **values)
 
     def progress(self, what: str, part: float, seconds: float, note: str = ""):
-        """Shows how far a phase has come that took so many seconds: a part of 1, a line's worth.
+        """Shows that `part`, at most 1, of a phase took so many seconds; note: text to add.
 
-        A terminal has a bar; where nothing was written for some seconds, there is a line of it.
+        A terminal shows a bar; if nothing was written for PROGRESS_SECONDS, there is a line, too.
         """
         now = time.monotonic()
         quiet = now - self.last_line > PROGRESS_SECONDS
@@ -4971,16 +5100,16 @@ class Log:
                 self(f"  {line}")
 
     def track(self, what: str, items):
-        """Yields what a list holds, and shows how much of it is done."""
+        """Yields the items of a list, and shows how many of them are done."""
         started = time.monotonic()
         for number, item in enumerate(items, 1):
             yield item
             self.progress(what, number / len(items), time.monotonic() - started)
 
     def close(self):
-        """Takes the bar off the terminal and closes the files, which gives up their name.
+        """Takes the bar off the terminal and closes the files, which frees their name.
 
-        Empty ones go: those of a start that was refused. The text, which is locked, goes last.
+        Empty ones, of a start that was refused, are removed. The text, which is locked, comes last.
         """
         if self.bar is not None:
             self.bar.close()
@@ -4993,25 +5122,31 @@ class Log:
 class ScoringProgress(EvaluationObserver):
     """Shows in a log how far an evaluation of so many targets has come."""
 
-    def __init__(self, log, what: str, validation: ValidationSet, ranks):
+    def __init__(self, log, what: str, validation: ValidationSet, ranks, rows: str = "windows"):
         self.log = log
         self.what = what
+        self.rows = rows  # what is read at once
         self.targets = len(validation.target_bytes)
         self.scored = 0
         self.world_size = ranks.world_size
         self.started = time.monotonic()
 
     def on_score(self, excerpt: Excerpt, scored: np.ndarray, nats: Tensor):
-        """Tells about how many targets have a score: ranks share them batch by batch."""
+        """Shows about how many targets have a score: this rank's, times the number of ranks."""
         self.scored += int(scored.sum()) * self.world_size
         done = min(self.scored, self.targets)
         seconds = time.monotonic() - self.started
         note = f", {done / max(seconds, 1e-9):,.0f} tokens/s"
         self.log.progress(self.what, done / self.targets, seconds, note)
 
+    def on_short_memory(self, rows: int):
+        """Warns, as reading in more parts takes longer."""
+        text = f"memory has room for {rows} {self.rows} at once, from now on"
+        self.log(f"warning: {self.what}: {text}")
+
 
 def claim_file(path: Path, setting: str):
-    """A file to append to, locked until it is closed; UserError, with setting, if a run has it."""
+    """A file opened to append, locked until closed; UserError, with setting, if a run has it."""
     file = path.open("ab", 0)
     try:
         if path.is_file():  # not a device, which many may write to
@@ -5021,25 +5156,25 @@ def claim_file(path: Path, setting: str):
         remedy = f"wait for it, or choose another {setting}"
         raise UserError(f"{path} belongs to a run that has not ended: {remedy}") from None
     except OSError:
-        pass  # some network file systems have no locks: nothing is claimed there
+        pass  # some network file systems have no locks: there it stays unclaimed
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-    file.close()  # whoever had it took it off its name before it was locked here
+    file.close()  # it was removed between open() and the lock: try again
     return claim_file(path, setting)
 
 
 def append_whole(file, data: bytes | memoryview):
-    """Appends all of it: a disk that is nearly full takes a part of a write, without an error."""
+    """Appends all data: a write to a nearly full disk may take a part of them without an error."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
 
 
 def end_half_line(file):
-    """Ends a line that a full disk, or a machine that went down, has left without its end.
+    """Completes a last line that was cut off, by a full disk or a machine that went down.
 
-    What comes behind it then has lines of its own, and readers miss that one alone.
+    What follows then begins on a line of its own, and readers lose only the broken one.
     """
     if not os.path.isfile(file.name):  # a device may have no end
         return
@@ -5050,7 +5185,7 @@ def end_half_line(file):
 
 
 def describe_machine(ranks) -> dict[str, str]:
-    """Versions and hardware, for the log: hosts and GPUs of all ranks, which all must call it."""
+    """Versions and hardware for the log, with all ranks' hosts and GPUs: every rank calls it."""
     cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if ranks.gpu else cpu
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -5066,7 +5201,7 @@ def describe_machine(ranks) -> dict[str, str]:
 
 
 def log_settings(log, settings, given: set[str], ranks, source: str = ""):
-    """Logs the settings that were given, what source says of the others, the machine, and all."""
+    """Logs the settings given, `source` (a line on the others), the machine, and all settings."""
     values = asdict(settings)
     names = sorted(given & values.keys())
     asked = " ".join(f"{name.upper()}={shown(values[name])}" for name in names)
@@ -5076,7 +5211,7 @@ def log_settings(log, settings, given: set[str], ranks, source: str = ""):
     machine = describe_machine(ranks)
     said = {key: " ".join(shown(str(value)).split()) for key, value in (machine | values).items()}
     text = "  ".join(f"{key}={value}" for key, value in said.items())
-    # Over a hundred settings would hide what a console is read for: the log has them.
+    # On the console, over a hundred settings would bury all else: the log has them.
     here = "  ".join(f"{key}={said[key]}" for key in machine)
     script = {"script_sha256": file_sha256(__file__)}
     log(text, "settings", here, machine=machine, settings=values, given=sorted(given), **script)
@@ -5086,7 +5221,7 @@ def log_settings(log, settings, given: set[str], ranks, source: str = ""):
 
 
 def read_records(path: Path) -> list[dict]:
-    """A .jsonl log's records, but for cut lines; UserError if whose they are cannot be known."""
+    """The records of a .jsonl log, without broken lines; UserError if its settings are unusable."""
     records = []
     with suppress(OSError):
         content = path.read_bytes() if path.is_file() else b""  # a device may have no end
@@ -5101,7 +5236,7 @@ def read_records(path: Path) -> list[dict]:
 
 
 def last_records(path: Path) -> dict[str, dict]:
-    """The last record of each event since the last start that trained; {} if none has."""
+    """By event, its last record since the last start that trained began; {} if none did."""
     records = read_records(path)
     ready = max((i for i, r in enumerate(records) if r["event"] == "ready"), default=0)
     starts = [i for i, r in enumerate(records[:ready]) if r["event"] == "settings"]
@@ -5109,11 +5244,11 @@ def last_records(path: Path) -> dict[str, dict]:
 
 
 def find_unscored(settings) -> dict[str, dict]:
-    """last_records() of a RUN_ID that lacks nothing but its evaluation; {} if it is to be trained.
+    """last_records() of RUN_ID if it has its artifact but no score yet; {} if it is to be trained.
 
-    Another file in the artifact's place, other settings of training, or a RESUME that is given
-    lead back to checkpoints. Raises UserError for a run that is finished, unless OVERWRITE=1,
-    which trains anew what has an artifact (but not again where torchrun restarts it).
+    It is trained if the artifact or settings of training are others than its log's, if RESUME is
+    given, and with OVERWRITE=1 (but not again where torchrun restarts it). Raises UserError if it
+    is finished, unless OVERWRITE=1. Removes the checkpoints of a run finished or trained anew.
     """
     s = settings
     path = Path(s.log_dir, f"{s.run_id}.jsonl")
@@ -5122,7 +5257,7 @@ def find_unscored(settings) -> dict[str, dict]:
     anew = s.overwrite and "trained" in events and not restarted
     if "final" in events or anew:
         for leftover in s.checkpoint_paths if s.resume == "auto" else ():
-            leftover.unlink(missing_ok=True)  # it was killed just behind its score
+            leftover.unlink(missing_ok=True)  # it was killed right after its score
     if "final" in events:
         remedy = "choose another, EVAL_ONLY=1 to score it again, or OVERWRITE=1 to train it anew"
         need(s.overwrite, f"RUN_ID={s.run_id} is finished, {path} has its score: {remedy}")
@@ -5136,14 +5271,14 @@ def find_unscored(settings) -> dict[str, dict]:
 
 @contextmanager
 def claimed_artifact(settings):
-    """While entered, ARTIFACT is this run's alone to write; UserError if a living run has it.
+    """While entered, only this run may write ARTIFACT; UserError if a living run has claimed it.
 
-    Without OVERWRITE=1 likewise for a file in its place that RUN_ID's log does not name.
+    Without OVERWRITE=1, also if there is a file already that RUN_ID's log does not name.
     """
     path = settings.artifact_path
     lock = Path(f"{path}.lock")  # stays after a kill, unlocked
     with explained_errors(f"write {lock}"):
-        make_folder(lock.parent)  # anew, if another start had made it, and was refused
+        make_folder(lock.parent)  # again, as a refused start may have removed it since
         claim = claim_file(lock, "ARTIFACT")
     with claim, ExitStack() as after:
         after.callback(lock.unlink, missing_ok=True)
@@ -5156,9 +5291,10 @@ def claimed_artifact(settings):
 
 
 def find_settings(settings) -> tuple[Path | None, dict, str]:
-    """The log of the run that wrote ARTIFACT, its SCORED_WITH, and their source; or None, {}, "".
+    """The log of the run that wrote ARTIFACT, its SCORED_WITH by name, and words on their source.
 
-    The log is RUN_ID's or stands beside; the source tells what of it is no setting any more.
+    The log is RUN_ID's or stands beside; None, {}, "" if neither names the file. The words also
+    tell which of its settings no longer exist.
     """
     found = file_sha256(settings.artifact_path)
     beside = str(settings.artifact_path).removesuffix(".int6.lzma")
@@ -5174,7 +5310,7 @@ def find_settings(settings) -> tuple[Path | None, dict, str]:
             if name in SCORED_WITH:
                 kind = type(getattr(Settings, name))
                 theirs[name] = parse_value(f"{path}: {name.upper()}", str(value), kind)
-            elif fact and name.startswith(("eval_", "ttt_")):  # the artifact has what others did
+            elif fact and name.startswith(("eval_", "ttt_")):  # others took effect in training
                 words += f", which had {shown(name.upper())}={shown(value)} ({fact})"
         preset = theirs.get("preset", "default")
         need(preset in PRESETS, f"{path}: this script does not know PRESET={shown(preset)}")
@@ -5183,10 +5319,10 @@ def find_settings(settings) -> tuple[Path | None, dict, str]:
 
 
 def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Settings, str]:
-    """What EVAL_ONLY scores ARTIFACT with, and a line that says where that is from.
+    """The settings with which EVAL_ONLY scores ARTIFACT, and a line that says where they are from.
 
-    What was given goes first; then the artifact's header, its run's log, and without that the
-    header's preset. Raises UserError as adopt_artifact(), and for another PRESET than the log's.
+    Given ones come first, then its run's log or, without one, the header's window and preset. The
+    model's are always the header's: UserError if given ones, or a given PRESET, contradict.
     """
     s = settings
     for path in () if s.artifact or s.artifact_path.exists() else s.checkpoint_paths:
@@ -5220,24 +5356,24 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
 
 
 class TrainingClock:
-    """Counts the seconds between start() and pause(), which waits for the GPU."""
+    """Counts the seconds between start() and pause(); the latter waits for the GPU."""
 
     def __init__(self):
         self.counted = 0.0  # up to the last pause
         self.since = None  # the start after it
 
     def start(self):
-        """Lets it run."""
+        """Starts counting."""
         self.since = time.perf_counter()
 
     def pause(self):
-        """Stops it when all that was launched is done."""
+        """Stops counting once the GPU has done all that was launched."""
         synchronized_time()
         self.counted = self.seconds()
         self.since = None
 
     def seconds(self) -> float:
-        """What it shows."""
+        """The seconds counted so far."""
         return self.counted + (time.perf_counter() - self.since if self.since else 0.0)
 
 
@@ -5245,16 +5381,16 @@ class TrainingClock:
 # by what clusters are set up to send before they kill (Slurm's --signal, limits of processor time).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 STOP_SIGNALS += (signal.SIGUSR2, signal.SIGXCPU)
-AS_ONE_SECONDS = 3.0  # a launcher and a terminal may both send one
-# By time.monotonic(), whoever handled it: a loop that one has stopped must not be stopped by the
-# next on its way out. Linux sends PR_SET_PDEATHSIG's for each thread with which a launcher dies.
+AS_ONE_SECONDS = 3.0  # signals within it count as one: a launcher and a terminal may both send one
+# When signals came, by time.monotonic(), whoever handled them: what one has stopped must not be
+# stopped by the next on its way out. Linux sends PR_SET_PDEATHSIG for each thread of a launcher.
 SIGNALLED_AT = [-math.inf]
-PR_SET_PDEATHSIG = 1  # of Linux' prctl(): the signal that comes when the parent process ends
+PR_SET_PDEATHSIG = 1  # of Linux' prctl(): asks for a signal when the parent process ends
 
 
 @contextmanager
 def handling_signals(handler):
-    """Has signals to stop handled so meanwhile; what the parent process ignores stays ignored."""
+    """While entered, STOP_SIGNALS go to this handler; those that were ignored stay ignored."""
     usual = {n: signal.getsignal(n) for n in STOP_SIGNALS}
     taken = [n for n, before in usual.items() if before not in (signal.SIG_IGN, None)]
     try:
@@ -5268,9 +5404,9 @@ def handling_signals(handler):
 
 @contextmanager
 def stop_signals(at_once: bool = False):
-    """Gives a list in which signals to stop are noted meanwhile, for a loop to look at.
+    """While entered, notes signals to stop in a list, which it gives, for a loop to look at.
 
-    With at_once, one raises KeyboardInterrupt with its name instead: whoever has files closes them.
+    With at_once a signal also raises KeyboardInterrupt with its name, so that files are closed.
     """
     received = []
     if at_once:
@@ -5286,10 +5422,10 @@ def stop_signals(at_once: bool = False):
         if not (received and isinstance(ignored.exc_value, KeyboardInterrupt)):
             usual(ignored)
             return
-        SIGNALLED_AT.append(-math.inf)  # soon, for what is raised here is ignored as well
+        SIGNALLED_AT.append(-math.inf)  # a moment later: what is raised here is dropped as well
         threading.Timer(0.1, os.kill, (os.getpid(), received[-1])).start()
 
-    # In a finalizer the interpreter drops what a handler raises, and the run would go on.
+    # If a finalizer is running, Python drops what a handler raises, and the run would go on.
     usual = sys.unraisablehook
     sys.unraisablehook = raise_again if at_once else usual
     try:
@@ -5307,19 +5443,19 @@ def stop_signals(at_once: bool = False):
 CHECKPOINT_MAGIC = b"SSMCHKP2"  # changes with Trainer.tensors()
 MOST_BYTES = 1 << 31  # of a checkpoint
 COPIED_NUMBERS = 1 << 20  # at once from the GPU: a longer copy would hold up a step's launches
-# What its header holds beside TRAINING_FIELDS. Seconds are the clock's; qat_k is the grid's k since
-# late QAT began; training_data says of which shards batches were made; starts counts the processes
-# that came so far, one after the other. "" is not known.
+# What its header holds besides TRAINING_FIELDS. seconds: the training clock's; qat_k: the grids' k
+# since late QAT began; training_data: of which shards batches were made; starts: how many processes
+# have trained the run, one after the other. "" is not known.
 PROGRESS_FIELDS = ("steps", "seconds", "qat_k", "training_data", "tokenizer_sha256", "starts")
 
 
 def differences(theirs: dict, ours: dict, settings) -> list[str]:
-    """What forbids that training goes on by our header from a checkpoint by theirs, in words."""
+    """Why a run with our header cannot go on from a checkpoint with theirs; [] if it can."""
     names = {name for name in TRAINING_FIELDS if theirs[name] != ours[name]}
     if theirs["export_reserve_seconds"] < ours["export_reserve_seconds"]:
-        names -= {"export_reserve_seconds"}  # as a late export asks for
+        names -= {"export_reserve_seconds"}  # a late export's error asks to raise it
     if settings.float8_products == "auto":
-        names -= {"float8_products"}  # theirs
+        names -= {"float8_products"}  # the checkpoint's are taken
     if not any(x["late_qat_threshold"] or x["quantizer"] == "ternary" for x in (theirs, ours)):
         names -= EXPORT_FIELDS
     differ = [f"{n.upper()}={shown(theirs[n])}, not {shown(ours[n])}" for n in sorted(names)]
@@ -5345,7 +5481,7 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
         except UserError as error:
             if settings.resume != "auto":
                 raise
-            whole = isinstance(error, OtherVersionError)  # not to be lost for want of its script
+            whole = isinstance(error, OtherVersionError)  # its own script can still use it
             need(not whole, f"{error}; RESUME=never starts anew")
             log(f"warning: {error}")
             continue
@@ -5360,7 +5496,7 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
 
 
 class Checkpoints(ThreadPoolExecutor):
-    """Writes RUN_ID's last two checkpoints in a thread of rank 0, for which leaving it waits."""
+    """Writes checkpoints in a thread of rank 0, and keeps two. Leaving its context waits for it."""
 
     def __init__(self, settings, ranks, log):
         super().__init__(1)
@@ -5371,15 +5507,15 @@ class Checkpoints(ThreadPoolExecutor):
         self.begun = time.perf_counter()
 
     def due(self) -> bool:
-        """Whether it is time for the next one, and the last one is written."""
+        """Whether it is time for the next one and the thread is idle."""
         idle = self.pending is None or self.pending.done()
         return idle and 0 < self.settings.checkpoint_every <= time.perf_counter() - self.begun
 
     @torch.no_grad()
     def write_soon(self, header: dict, tensors: list[Tensor]):
-        """Rank 0 copies the tensors, float32, on their device, and has the copy written from there.
+        """Rank 0 copies the tensors, float32, on their device; the thread writes that copy.
 
-        The newest becomes the one before, or is replaced if younger than half of CHECKPOINT_EVERY.
+        The newest one becomes the one before, or is replaced if younger than CHECKPOINT_EVERY / 2.
         """
         now = time.perf_counter()
         young = now - self.begun < self.settings.checkpoint_every / 2
@@ -5410,20 +5546,20 @@ class Checkpoints(ThreadPoolExecutor):
 
 # ---- Steps ---------------------------------------------------------------------------------------
 
-# The third's were 1 % faster than half as many on an H200, at twice the memory; the first Mamba
-# keeps a state for every channel.
-MOST_TOKENS_AT_ONCE = {1: 65_536, 2: 131_072, 3: 262_144}  # by MAMBA_VERSION, on a GPU
-CPU_FACTOR = 6  # of a token's bytes: numbers are twice as long, and scans are no kernels
+# By MAMBA_VERSION, on a GPU. Mamba-3's is 1 % faster on an H200 than half as many, and takes twice
+# the memory; the first Mamba keeps a state for every channel.
+MOST_TOKENS_AT_ONCE = {1: 65_536, 2: 131_072, 3: 262_144}
+CPU_FACTOR = 6  # of a token's bytes: numbers are twice as long, and no kernel fuses scans
 USED_MEMORY = 0.7  # of what is free
 
 
 def token_bytes(settings, gpu: bool) -> float:
-    """About what a token takes until its gradients are known."""
+    """About how many bytes a token of a training step takes until its gradients are known."""
     s = settings
     mamba = parse_layers(s, "mamba_layers")
     scan = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim)
     if gpu and s.scan_backend == "chunked":
-        scan *= 5  # counted on a CPU
+        scan *= 5  # as counted on a CPU, compiled
     layers = parse_layers(s, "layer_order")
     mixers = sum(scan if layer in mamba else 9 * s.model_dim for layer in layers)
     mlps = len(layers) * (8 + 4 * s.mlp_mult) * s.model_dim
@@ -5431,9 +5567,9 @@ def token_bytes(settings, gpu: bool) -> float:
 
 
 def choose_micro_batch(settings, ranks, free: float | None = None) -> int:
-    """Tokens a rank runs at once: a divisor of its batch, MICRO_BATCH_TOKENS or what fits.
+    """How many tokens a rank runs at once: a divisor of its batch, MICRO_BATCH_TOKENS or what fits.
 
-    free: bytes of memory; left out, what a GPU has left, or this rank's part of the machine's.
+    free: bytes of memory; by default what the GPU has left, or this rank's part of the machine's.
     """
     s = settings
     most = s.micro_batch_tokens
@@ -5450,24 +5586,24 @@ def choose_micro_batch(settings, ranks, free: float | None = None) -> int:
 
 
 def choose_calibration_rows(settings, micro_batch: int) -> int:
-    """Windows that calibration runs at once: gradients take more memory in eager mode."""
+    """Windows that calibration runs at once; fewer with gradients, which are not compiled there."""
     part = 4 if settings.shares_bits else 1
     return max(1, micro_batch // settings.train_seq_len // part)
 
 
 class GraphedSteps:
-    """gradients(kind, tokens, targets), then update(*rates); on a GPU, most as a CUDA graph.
+    """gradients(kind, tokens, targets), then update(*rates): a step. On a GPU, as a CUDA graph.
 
-    Launching a step's kernels one by one takes a host longer than small ones take the GPU. Steps of
-    a kind launch the same kernels: the order of layers, and whether weights stand on their grids.
-    With several ranks the graph ends with their gradients, for none may hold what ranks exchange;
-    the host launches the update while it runs. On a CPU there is none. The first two steps of a
-    kind compile what warm_up() has not, and allocate what the graph, made in the third, takes for
-    granted. One graph is kept: its memory is its own. A step may not
+    A host takes longer to launch small kernels one by one than a GPU to run them. Steps of a kind
+    (an order of layers, and whether weights are on their grids) launch the same kernels. With
+    several ranks the graph ends with the gradients, as it may not hold what ranks exchange; the
+    host launches the update while it runs. On a CPU there is no graph. The first two steps of a
+    kind compile what warm_up() has not, and allocate what the graph, recorded in the third, relies
+    on. One graph is kept, since each has memory of its own. A step may not
 
     - wait for the device, or branch on its values;
-    - take Python numbers that change (rates are tensors), nor change shapes;
-    - make or move tensors that outlive it, but its loss and gradients.
+    - depend on Python numbers that change (rates are tensors), or change shapes;
+    - make or move tensors that outlive it, except its loss and gradients.
     """
 
     def __init__(self, gradients, update, parameters: list[Tensor], ranks):
@@ -5481,15 +5617,15 @@ class GraphedSteps:
         self.release()
 
     def release(self):
-        """Gives the graph's memory back."""
-        self.kind = None  # of the steps that graph replays
+        """Drops the graph, which frees its memory."""
+        self.kind = None  # the kind of steps that the graph replays
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[Tensor] = []  # where it reads
-        self.loss: Tensor | None = None  # and writes
-        self.written: list[Tensor | None] = []  # gradients, if it does not use them itself
+        self.inputs: list[Tensor] = []  # what it reads
+        self.loss: Tensor | None = None  # what it writes
+        self.written: list[Tensor | None] = []  # and the gradients, unless it uses them itself
 
     def __call__(self, kind: tuple, tokens: Tensor, targets: Tensor, *rates: float) -> Tensor:
-        """Makes one step; returns its loss, float32 (). The rates become float32 in any case."""
+        """Makes one step; returns its loss, float32 (). Rates become float32, graph or not."""
         inputs = [tokens, targets, *torch.tensor(rates).to(self.device, non_blocking=True)]
         self.times_run[kind] += 1
         if not self.enabled or self.times_run[kind] < 3:
@@ -5500,7 +5636,7 @@ class GraphedSteps:
         if self.kind != kind:
             self._record(kind, inputs)
         torch._foreach_copy_(self.inputs[:2], inputs[:2])
-        torch._foreach_copy_(self.inputs[2:], inputs[2:])  # in one launch, as types are one
+        torch._foreach_copy_(self.inputs[2:], inputs[2:])  # one launch, as they have one dtype
         self.graph.replay()
         if not self.whole:
             for p, gradient in zip(self.parameters, self.written, strict=True):
@@ -5509,13 +5645,13 @@ class GraphedSteps:
         return self.loss
 
     def _record(self, kind: tuple, inputs: list[Tensor]):
-        """Makes the graph of steps of this kind; it computes nothing yet."""
+        """Records the graph of steps of this kind, which computes nothing yet."""
         self.release()
         self.kind = kind
         self.inputs = [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
         tokens, targets, *rates = self.inputs
         self.graph = torch.cuda.CUDAGraph()
-        # "thread_local": others copy batches, write checkpoints and watch collectives meanwhile.
+        # "thread_local": other threads copy batches, write checkpoints and watch collectives.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = self.gradients(kind, tokens, targets)
             if self.whole:
@@ -5547,8 +5683,8 @@ class Trainer:
     log: Log
     checkpoints: Checkpoints | None = None  # without it, none is written
     make_average: type = WeightAverage
-    training_data: str = ""  # what batches are made of, which a checkpoint remembers
-    scored_tokens: int = 0  # of the validation text, for the time until its score
+    training_data: str = ""  # a summary of the shards, which a checkpoint holds
+    scored_tokens: int = 0  # of the validation text, to predict when there is a score
 
     def __post_init__(self):
         self.micro_sequences = self.micro_batch // self.settings.train_seq_len
@@ -5560,33 +5696,36 @@ class Trainer:
         self.average = self.make_average(self.model, self.settings, self.ranks)
         self.float8_products = choose_float8(self.model, self.settings, self.ranks.device)
         self.loss_function = maybe_compile(self.model.loss, self.settings, self.ranks)
-        parameters = self.optimizers.parameters
-        first = self.accumulate_gradients
-        self.graphed_steps = GraphedSteps(first, self.update, parameters, self.ranks)
-        self.in_flight = None  # the last step launched: see keep_one_ahead()
+        self.graphed_steps = GraphedSteps(
+            self.accumulate_gradients, self.update, self.optimizers.parameters, self.ranks
+        )
+        self.in_flight = None  # the step launched last: see keep_one_ahead()
         self.clock = TrainingClock()
         self.steps_done = 0
-        self.steps_saved = 0  # of the newest checkpoint
-        self.qat_k = 0.0  # once weights train on their grids
-        self.starts = 1  # with those that left the checkpoints that were taken up
+        self.steps_saved = 0  # in the newest checkpoint
+        self.qat_k = 0.0  # the grids' k once weights train on them
+        self.starts = 1  # processes that have trained this run, this one included
         self.limits = grid_limits(self.model)
         self.tokenizer_sha256 = file_sha256(self.settings.tokenizer_path)
 
     @torch.no_grad()
     def _share_weights(self):
-        """Rank 0's on every rank: GPUs of another kind draw others from the same seed."""
+        """Gives every rank the weights of rank 0: from one seed, other GPUs may draw others."""
         for p in self.model.parameters():
             if self.ranks.rank:
                 p.zero_()
             self.ranks.sum_(p)
 
     def announce(self, skeleton: Model):
-        """Logs what is about to be trained; skeleton has what it will export."""
+        """Logs what is about to be trained; skeleton: the model as it will be exported."""
         s = self.settings
         cpu = not self.ranks.gpu
         if cpu and s.preset not in FOR_CPUS:
             remedy = f"PRESET={' or '.join(FOR_CPUS)} is for CPUs"
             self.log(f"warning: PRESET={s.preset} is for GPUs; {remedy}")
+        if not keeps_bytecode(torch):
+            remedy = "unset PYTHONDONTWRITEBYTECODE, or name a folder by PYTHONPYCACHEPREFIX"
+            self.log(f"warning: Python keeps no bytecode of torch, so starts take longer: {remedy}")
         reserve = s.export_reserve_seconds
         if left := max(0.0, s.max_wallclock_seconds - reserve):
             self.log(f"clock: {left:g} s of training + {reserve:g} s kept for GPTQ")
@@ -5615,7 +5754,7 @@ class Trainer:
         return [*self.average.parameters, *self.average.tensors(), *self.optimizers.tensors()]
 
     def header(self) -> dict:
-        """What must agree for a checkpoint to be taken up, and how far it has come."""
+        """A checkpoint's header: what a run must share that goes on from it, and its progress."""
         made_of = self.training_data, self.tokenizer_sha256
         progress = self.steps_done, self.clock.seconds(), self.qat_k, *made_of, self.starts
         kept = {name: getattr(self.settings, name) for name in TRAINING_FIELDS}
@@ -5623,13 +5762,13 @@ class Trainer:
         return kept | dict(zip(PROGRESS_FIELDS, progress, strict=True))
 
     def save(self):
-        """Has a checkpoint written of the state between two steps."""
+        """Has a checkpoint written, between two steps."""
         self.checkpoints.write_soon(self.header(), self.tensors())
         self.steps_saved = self.steps_done
 
     @torch.no_grad()
     def resume(self):
-        """Goes on from the checkpoint that RESUME asks for, if there is one: find_checkpoint()."""
+        """Goes on from the checkpoint that RESUME asks for, if any; UserError if it is unusable."""
         found = find_checkpoint(self.header(), self.settings, self.log)
         if found is not None:
             path, header, numbers = found
@@ -5666,12 +5805,12 @@ class Trainer:
         return total
 
     def update(self, lr_factor: Tensor, momentum: Tensor, average_rate: Tensor):
-        """A step's rest: all gradients change the weights, and these their average; float32 ()."""
+        """The second half of a step: changes the weights and their average. float32 () each."""
         self.optimizers.step(lr_factor, momentum)
         self.average.update(average_rate, self.optimizers.skip)
 
     def weights_of(self, quantized: bool):
-        """A context in which the weights stand on their grids, if they are to be quantized."""
+        """A context in which the weights are on their grids if quantized, else as they are."""
         if not quantized:
             return nullcontext()
         return fake_quantization(self.model, self.limits, self.qat_k)
@@ -5683,29 +5822,29 @@ class Trainer:
             free, _ = torch.cuda.mem_get_info()
             count = sum(p.numel() for p in self.average.parameters)
             allow_updates_ahead(free - self.micro_batch * token_bytes(s, gpu=True), count)
-        optimizers = Optimizers(self.model, s, self.ranks)  # these are thrown away
+        optimizers = Optimizers(self.model, s, self.ranks)  # to be thrown away
         shape = self.micro_sequences, s.train_seq_len + 1
         device = self.ranks.device
-        generator = torch.Generator(device).manual_seed(s.seed)  # the global one stays as it is
+        generator = torch.Generator(device).manual_seed(s.seed)  # leaves the global one alone
         tokens = torch.randint(0, s.vocab_size, shape, device=device, generator=generator)
         for order in sorted({self.model.order(False), self.model.order(True)}):
             for _ in self.log.track(f"warm-up of {len(order)} layers", range(s.warmup_steps)):
                 self.accumulate_gradients((order, False), tokens[:, :-1], tokens[:, 1:])
                 optimizers.step(0.0, s.muon_momentum)
         compile_average(self.average, device)
-        if s.calibrates:  # as export will: FlexAttention compiles itself
+        if s.calibrates:  # as export will do it: FlexAttention compiles itself
             parts = [tokens[: self.calibration_rows, :-1]]
             collect_costs(self.model, parts, self.ranks, s.shares_bits)
-        if s.trellis_states:  # its kernel, likewise
+        if s.trellis_states:  # compiles export's kernel
             round_by_trellis(*torch.ones(3, 1, 1, device=device), s.trellis_states)
         synchronized_time()
         end_ahead(self.log)
 
     def run(self, batches, validate):
-        """Trains until the clock or ITERATIONS ends it; the model is left with averaged weights.
+        """Trains until the clock or ITERATIONS ends it; leaves the averaged weights in the model.
 
-        batches.next() gives tokens and targets; validate(recurrent) a Score, each VAL_LOSS_EVERY
-        steps. A signal or divergence ends it with a checkpoint and UserError.
+        batches.next() gives tokens and targets; validate(recurrent) a Score, every VAL_LOSS_EVERY
+        steps and off the clock. A signal, or divergence, ends it with a checkpoint and UserError.
         """
         s = self.settings
         with stop_signals() as received:
@@ -5750,17 +5889,17 @@ class Trainer:
             self.clock.pause()
 
     def vote(self, received: list[int]) -> tuple[float, bool, bool]:
-        """Agreed on by one sum: rank 0's clock, whether a checkpoint is due, whether to stop."""
-        main = self.ranks.rank == 0
-        due = main and self.checkpoints is not None and self.checkpoints.due()
-        mine = [self.clock.seconds() if main else 0.0, due, len(received)]
+        """Rank 0's clock, whether a checkpoint is due, whether to stop: alike on all ranks."""
+        first = self.ranks.rank == 0
+        due = first and self.checkpoints is not None and self.checkpoints.due()
+        mine = [self.clock.seconds() if first else 0.0, due, len(received)]
         seconds, due, stopped = self.ranks.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
         return seconds, due > 0, stopped > 0
 
     def keep_one_ahead(self):
-        """Waits for the step before the one just launched: neither GPU nor host idles."""
+        """Waits for the step before the one just launched, so that neither GPU nor host idles."""
         before = self.in_flight
-        skipped = self.optimizers.skipped.to("cpu", non_blocking=True)  # is there when done is
+        skipped = self.optimizers.skipped.to("cpu", non_blocking=True)  # valid once `done` is
         done = torch.cuda.current_stream().record_event() if self.ranks.gpu else None
         self.in_flight = done, skipped
         if before is not None:
@@ -5770,14 +5909,14 @@ class Trainer:
             self.count_skipped(skipped)
 
     def count_skipped(self, skipped: Tensor) -> int:
-        """How many steps had gradients that are not finite; ends the run at too many in a row."""
+        """How many steps had gradients that are not finite; too many in a row end the run."""
         total, _, longest = skipped.int().tolist()
         if longest >= SKIPPED_STEPS_THAT_END:
             self.stop(f"{longest} steps in a row had gradients that are not finite: {DIVERGED}")
         return total
 
     def stop(self, why: str):
-        """Ends the run on all ranks, after a checkpoint."""
+        """Writes a checkpoint, and raises SharedError, on all ranks."""
         if self.checkpoints is not None:
             self.save()
             self.checkpoints.finish()
@@ -5785,7 +5924,7 @@ class Trainer:
         raise SharedError(why)
 
     def step_ms(self) -> float:
-        """Milliseconds of the training clock that a step took."""
+        """Milliseconds of the training clock that a step took in the mean."""
         return 1000 * self.clock.seconds() / max(self.steps_done, 1)
 
     def log_step(self, loss: Tensor, now: Schedule):
@@ -5807,10 +5946,10 @@ class Trainer:
         self.log_at_step(text, "train", **values, **pace, **now._asdict())
 
     def pace(self, seconds: float) -> dict[str, float]:
-        """By the clock alone: speed, what is left of training, and about how long until the score.
+        """Tokens per second, seconds left of training, and about how many until there is a score.
 
-        The score takes the export, two passes in plain windows or one, and the evaluation; a token
-        costs a third of a step's unless it is trained on.
+        After training come the export, one or two scores in plain windows, and the evaluation. A
+        token that is only read is taken to cost a third of one in a training step.
         """
         s = self.settings
         progress = schedule_at(s, self.steps_done, seconds).progress
@@ -5829,12 +5968,12 @@ class Trainer:
         return pace
 
     def log_score(self, score: Score, when: str = ""):
-        """A validation score, in the contest's form."""
+        """Logs a validation score in the contest's form; when: text to add."""
         text = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{when}"
         self.log_at_step(text, "validation", val_loss=score.val_loss, val_bpb=score.val_bpb)
 
     def log_at_step(self, text: str, event: str, **values):
-        """A line that begins with the number of the step."""
+        """Logs a line that begins with the number of the step, and its record."""
         text = f"step:{self.steps_done}/{self.settings.iterations} {text}"
         self.log(text, event, step=self.steps_done, **values)
 
@@ -5843,9 +5982,9 @@ class Trainer:
 
 
 def prepare_training(settings, ranks, shards, log, checkpoints) -> tuple[Trainer, Batches]:
-    """A trainer, where a checkpoint left it if there is one, and its batches from there on.
+    """A trainer, in the state of a checkpoint if there is one, and its batches from there on.
 
-    What could be refused is refused here, before anything is compiled: raises UserError.
+    Raises UserError here, before anything is compiled, for all that could be refused later.
     """
     data = summarize_shards(shards)
     summary = "{tokens:,} tokens in {shards} shards (names and lengths {digest})".format(**data)
@@ -5855,11 +5994,11 @@ def prepare_training(settings, ranks, shards, log, checkpoints) -> tuple[Trainer
     check_size(skeleton, target, device_memory(ranks.device))
     model = build_model(settings, ranks)
     if settings.eval_mode == "documents" and settings.adapts:
-        Branches(model, replace(settings, ttt_lora_slots=1))  # refused now, not once it is trained
+        Branches(model, replace(settings, ttt_lora_slots=1))  # raises UserError if there are none
     micro_batch = choose_micro_batch(settings, ranks)
     trainer = Trainer(model, settings, ranks, micro_batch, target, log, checkpoints)
     trainer.training_data = f"{summary}, text {sampled_digest(shards)}"
-    # What its readers would refuse is not trained.
+    # What the readers of its artifact and checkpoints would refuse is not trained.
     read_header(json.dumps(artifact_header(settings)), artifact_header(Settings()))
     read_header(json.dumps(trainer.header()), trainer.header())
     trainer.resume()
@@ -5882,7 +6021,7 @@ def train_and_export(settings, ranks, shards, validation: ValidationSet, log) ->
         each = trainer.step_ms()
         text = f"Code size: {code_bytes()} bytes; {trainer.steps_done} steps of {each:.2f}ms"
         log(text + (f"; peak GPU memory {peak / 1e9:.1f} GB" if ranks.gpu else ""))
-        with trainer.weights_of(settings.quantizer == "ternary"):  # those that it trained with
+        with trainer.weights_of(settings.quantizer == "ternary"):  # the weights that it trained
             before = score(trainer.model)
         trainer.log_score(before, " before quantization")
         checkpoints.finish()
@@ -5900,7 +6039,7 @@ def train_and_export(settings, ranks, shards, validation: ValidationSet, log) ->
 
 
 def go_on_to_evaluation(unscored, settings, ranks, validation: ValidationSet, log) -> str:
-    """What train_and_export() returns, of a run that has come so far: find_unscored()."""
+    """In place of train_and_export(), of a run that has its artifact; unscored: find_unscored()."""
     theirs = unscored.get("hashes", {}).get("validation", {}).values()
     same = not theirs or sorted(theirs) == sorted(x.sha256 for x in validation.shards)
     problem = "has another validation text than the run began with: give it that, or EVAL_ONLY=1"
@@ -5914,7 +6053,7 @@ def go_on_to_evaluation(unscored, settings, ranks, validation: ValidationSet, lo
 
 
 def score_quantized(settings, ranks, validation: ValidationSet, log):
-    """Logs the artifact's plain_score(); where the final one is that, evaluate_artifact() does."""
+    """Logs the artifact's plain_score(), unless the final score will be that very score."""
     if settings.score_mode != "plain":
         quantized, _ = load_model(settings.artifact_path, settings, set(), ranks)
         after = plain_score(settings, ranks, validation, quantized, log=log)
@@ -5923,22 +6062,23 @@ def score_quantized(settings, ranks, validation: ValidationSet, log):
 
 
 def code_bytes() -> int:
-    """This script's size, which counts against the artifact's."""
+    """The size of this script in bytes, which counts with the artifact's."""
     return Path(__file__).stat().st_size
 
 
 def plain_score(settings, ranks, validation, model, recurrent=True, log=None) -> Score:
     """The score in plain windows, without test-time training and off every clock."""
     plain = replace(settings, eval_mode="plain", ttt_enabled=False)
-    shown = log and ScoringProgress(log, "plain windows", validation, ranks)
-    return Evaluator(model, plain, ranks, validation, recurrent, shown).evaluate()
+    observer = log and ScoringProgress(log, "plain windows", validation, ranks)
+    return Evaluator(model, plain, ranks, validation, recurrent, observer).evaluate()
 
 
 def export(trainer, batches) -> dict:
-    """Calibrates, quantizes and packs the model into ARTIFACT; returns what records should hold.
+    """Calibrates, quantizes and packs the model into ARTIFACT; returns values for the log.
 
-    One that is too large is quantized again with a larger k. All is on the training clock but
-    packing. If that is over, the artifact goes to a file beside, unclaimed, and UserError says so.
+    If the artifact is too large, weights are quantized again with a larger k. All but packing is on
+    the training clock. If that is over, the artifact goes to a file beside it, without a claim, and
+    LateExportError says how to go on. UserError if it cannot get small enough.
     """
     s, ranks, log = trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
@@ -5957,15 +6097,15 @@ def export(trainer, batches) -> dict:
         data = pack_artifact(s, stored, trainer.tokenizer_sha256) if ranks.rank == 0 else b""
         size = ranks.from_main(len(data))
         text = f"{s.artifact_path}: {size} bytes of at most {target}"
-        # Before it is there: it is this run's, whenever that is killed.
+        # Logged before the file is there: whenever the run is killed, the file is known as its own.
         log(text, "packed", artifact_sha256=hashlib.sha256(data).hexdigest())
         if size <= target:
             break
         problem = f"the artifact takes {size} bytes of {target} at SDCLIP_K={k:.2f}"
         remedy = "raise it or SDCLIP_MOST, or make the model smaller"
-        grows = k < s.sdclip_most and s.quantizer != "ternary"  # whose grids know no k
+        grows = k < s.sdclip_most and s.quantizer != "ternary"  # its grids do not depend on k
         need(grows, f"{problem}: {remedy}")
-        k = min(s.sdclip_most, k + 5 * k * (size - target) / size)  # a size falls with log k
+        k = min(s.sdclip_most, k + 5 * k * (size - target) / size)  # sizes fall as log k rises
         clock.start()
     in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
     aside = Path(f"{s.artifact_path}.late")
@@ -5973,7 +6113,7 @@ def export(trainer, batches) -> dict:
         write_whole(s.artifact_path if in_time else aside, data)
         if in_time:
             aside.unlink(missing_ok=True)
-    ranks.from_main(None)  # all wait for it
+    ranks.from_main(None)  # all ranks wait until it is written
     if not in_time:
         reserve = math.ceil(10 * (clock.seconds() - due)) / 10
         found = find_checkpoint(trainer.header() | {"export_reserve_seconds": reserve}, s, Log())
@@ -5987,9 +6127,9 @@ def export(trainer, batches) -> dict:
 
 
 def calibrate(trainer, batches) -> dict[str, tuple]:
-    """factor_hessian() of each matrix by CALIBRATION's text, with a line on it; none without GPTQ.
+    """factor_hessian() of each matrix on CALIBRATION's text, by name; {} if nothing is calibrated.
 
-    The model's row_costs and grid_factors become this text's, where a setting asks for them.
+    Logs a line. Also sets the model's row_costs and grid_factors, if settings.shares_bits.
     """
     s = trainer.settings
     ranks = trainer.ranks
@@ -6007,7 +6147,7 @@ def calibrate(trainer, batches) -> dict[str, tuple]:
     times["pass"] = synchronized_time() - started - sum(times.values())
     solvers = factor_hessians(hessians, s.gptq_damp, ranks)
     if s.shares_bits:
-        model.row_costs = find_row_costs(model, solvers, energies)
+        model.row_costs = find_row_costs(solvers, energies)
         model.grid_factors = find_grid_factors(model, s)
     times["factor"] = synchronized_time() - started - sum(times.values())
     tokens = sequences.numel() * ranks.world_size
@@ -6020,7 +6160,7 @@ def calibrate(trainer, batches) -> dict[str, tuple]:
 
 
 def quantization_report(trainer, before: Score, score):
-    """Logs the BPB that each kind of layer loses if it alone is quantized, by score(model)."""
+    """Logs the BPB lost if each kind of layer alone is quantized; score(model) gives a Score."""
     model, s = trainer.model, trainer.settings
     quantized, _ = load_model(s.artifact_path, s, set(), trainer.ranks)
     with trainer.weights_of(s.quantizer == "ternary"):
@@ -6034,9 +6174,11 @@ def quantization_report(trainer, before: Score, score):
 
 
 def evaluate_artifact(settings, given, ranks, validation, log, written, unscored):
-    """Loads ARTIFACT and scores it within EVAL_MAX_SECONDS; unscored: find_unscored().
+    """Loads ARTIFACT and scores it within EVAL_MAX_SECONDS.
 
-    Raises UserError if that takes longer, or if the file is not the one that this run has written.
+    written: SHA-256 of the file that this run has made, "" if it made none. unscored:
+    find_unscored()'s. Raises UserError if ARTIFACT is another file, if its score is no number, or
+    if time runs out.
     """
     attempt = 1 + unscored.get("evaluation", {}).get("attempt", 0)
     started = time.perf_counter()
@@ -6046,14 +6188,22 @@ def evaluate_artifact(settings, given, ranks, validation, log, written, unscored
     log(f"evaluation: attempt {attempt}", "evaluation", attempt=attempt)
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     log.begin()
-    shown = ScoringProgress(log, "evaluation", validation, ranks)
-    log.score_at = 0.0  # when the evaluation ends, says its own progress
-    score = Evaluator(model, s, ranks, validation, observer=shown).evaluate(started)
+    rows = "documents" if s.eval_mode == "documents" else "windows"
+    observer = ScoringProgress(log, "evaluation", validation, ranks, rows)
+    log.score_at = 0.0  # from here on, the evaluation's own progress tells
+    if ranks.gpu:
+        torch.cuda.reset_peak_memory_stats()
+    score = Evaluator(model, s, ranks, validation, observer=observer).evaluate(started)
+    peak = torch.cuda.max_memory_allocated()
     took = f"evaluation took {score.seconds:.1f}s of {s.eval_max_seconds:g}s"
     lost = "documents learnt in part" if s.eval_mode == "documents" else "epochs given up"
-    log(f"{took}; {score.epochs_given_up} {lost}")
+    if ranks.gpu:
+        log(f"evaluation: peak GPU memory {peak / 1e9:.1f} GB")
+    log(f"{took}; {score.epochs_given_up} {lost}")  # just before its score: tools read both
     if s.score_mode == "plain" and not s.eval_only and "after_quantization" not in unscored:
-        report(log, "after_quantization", s, validation, score)  # one score, not the same twice
+        report(log, "after_quantization", s, validation, score)  # see score_quantized()
+    overflow = f"numbers overflow in PRECISION={s.precision}, or {DIVERGED}"
+    need(math.isfinite(score.val_loss), f"the score is {score.val_loss:g}: {overflow}")
     late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: raise it, or change EVAL_MODE"
     need(ranks.from_main(score.seconds <= s.eval_max_seconds), late)
     try:
@@ -6064,12 +6214,12 @@ def evaluate_artifact(settings, given, ranks, validation, log, written, unscored
             use = "python -m tools.token_scores reads those of plain windows"
             text = f"nats of {len(score.nats):,} targets: {s.eval_nll_path}; {use}"
             log(text, "target_nats", path=s.eval_nll_path, targets=len(score.nats))
-    finally:  # last: a run killed before is scored again
-        report(log, "final", s, validation, score, artifact_sha256=found)
+    finally:  # "final" comes last: a run that was killed before it is scored again
+        report(log, "final", s, validation, score, artifact_sha256=found, peak_bytes=peak)
 
 
 def report(log, event: str, settings, validation: ValidationSet, score: Score, **more):
-    """Logs an artifact's score as the contest wants it, to eight digits, and its profile()."""
+    """Logs an artifact's score in the contest's form, with eight digits, and its profile()."""
     figures = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
     text = " ".join(f"{name}:{value:.8f}" for name, value in figures.items())
     more |= {"mode": settings.score_mode, "evaluation_seconds": round(score.seconds, 3)}
@@ -6080,7 +6230,7 @@ def report(log, event: str, settings, validation: ValidationSet, score: Score, *
 
 
 def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], log):
-    """Logs how ARTIFACT's model, not adapted yet, goes on from a prompt, off evaluation's clock."""
+    """Logs how ARTIFACT's model continues a prompt (tokens), without adapting, off every clock."""
     started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     log.begin()
@@ -6100,12 +6250,12 @@ def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], 
 
 
 def main(log):
-    """The story of a run."""
+    """A whole run, as the settings in the environment ask: training, export, evaluation."""
     settings, given, ranks = prepare_run(dict(os.environ))
     log.open(settings, ranks, log_name(settings))
     first = ranks.rank == 0
     writes = first and not settings.eval_only
-    source = describe_room(settings, given)  # of settings that were not given
+    source = describe_room(settings, given)  # a line on settings that were not given
     if settings.eval_only:
         found = settings_to_score(settings, given, ranks.world_size) if first else None
         settings, source = ranks.from_main(found)
@@ -6137,60 +6287,60 @@ def main(log):
 
 
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
-    """Settings with a run id that ranks share, the names of those given, and the ranks."""
+    """Settings with a RUN_ID that ranks share, names of those given, and ranks; or UserError."""
     settings, given = read_settings(environment)
     *_, world_size = read_launch(environment)
     check_values(settings)
-    if not settings.eval_only:  # which takes others from its artifact
+    if not settings.eval_only:  # else settings_to_score() does, with those of the artifact
         validate_settings(settings, world_size)
         refuse_idle(settings, given)
     known = settings.artifact or settings.run_id or not settings.eval_only
     need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID that wrote it")
     prepare_torch(settings.deterministic)
     if "TORCHELASTIC_RUN_ID" in environment and sys.platform == "linux":
-        # A launcher that is killed, or ends by SIGUSR1, which it does not know, leaves no orphans.
+        # No orphans stay if the launcher is killed, or dies of SIGUSR1, which it does not handle.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     compile_ahead(settings)
     ranks = start_ranks(settings)
     run_id = choose_run_id(settings, environment) if ranks.rank == 0 else ""
     settings = replace(settings, run_id=ranks.from_main(run_id))
-    check_values(settings)  # a run id of torchrun's is a name, too
+    check_values(settings)  # again, for a run id that is torchrun's
     return settings, given, ranks
 
 
 def choose_run_id(settings, environment: dict[str, str]) -> str:
-    """RUN_ID, or a name that no other run has, and that a restart by torchrun finds again."""
+    """RUN_ID, or a new name, which with torchrun --max-restarts a restart finds; or UserError."""
     s = settings
     if s.run_id:
         return s.run_id
     if environment.get("TORCHELASTIC_MAX_RESTARTS", "").strip() not in ("", "0"):
-        launch = environment.get("TORCHELASTIC_RUN_ID", "none")
+        prefix = environment.get("TORCHELASTIC_RUN_ID", "none")
         problem = "torchrun --max-restarts without --standalone or --rdzv-id"
-        need(launch != "none", f"{problem} needs a RUN_ID: a restart would not find its run")
-        return f"{launch}-{s.preset}-{s.seed}"
-    launch = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.preset}-{s.seed}"
-    name = launch
+        need(prefix != "none", f"{problem} needs a RUN_ID: a restart would not find its run")
+        return f"{prefix}-{s.preset}-{s.seed}"
+    prefix = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.preset}-{s.seed}"
+    name = prefix
     numbers = itertools.count(2)
     while True:
         path = Path(s.log_dir, f"{log_name(replace(s, run_id=name))}.txt")
-        with explained_errors(f"write {path}"), suppress(FileExistsError):  # of the same second
+        with explained_errors(f"write {path}"), suppress(FileExistsError):  # another run's
             make_folder(path.parent)
             path.touch(exist_ok=False)
             return name
-        name = f"{launch}-{next(numbers)}"
+        name = f"{prefix}-{next(numbers)}"
 
 
 def refuse_same_files(s):
-    """Raises UserError for an output that is an input, another output or, of scores, no .npy.
+    """Raises UserError if an output is an input or another output, or EVAL_NLL_PATH no .npy file.
 
-    Of hard links, this is so for logs alone, which grow in place. Other outputs take the place of
-    what has their name, and leave it whole under its other ones: write_whole().
+    Symbolic links are followed. Hard links matter for logs alone, which grow in place: any other
+    output replaces what has its name, and leaves that whole under other names: write_whole().
     """
     read = [__file__, s.tokenizer_path, *Path(s.data_path).glob("*_*_*.bin")]
     logs = [Path(s.log_dir, f"{log_name(s)}.{end}") for end in ("txt", "jsonl")]
     files = {"what is read": read, "a log": logs, "a checkpoint": [*s.checkpoint_paths, s.resume]}
     files |= {"ARTIFACT": [s.artifact_path], "EVAL_NLL_PATH": [s.eval_nll_path]}
-    known = {}  # by real paths, what they are; beside a file stand others while it is made
+    known = {}  # what each real path is; the ends are those of files that exist for a while
     for what, names in files.items():
         for name, end in itertools.product(filter(None, names), ("", ".part", ".late", ".lock")):
             other = known.setdefault(os.path.realpath(f"{name}{end}"), what)
@@ -6205,7 +6355,7 @@ def refuse_same_files(s):
 
 
 def check_outputs(s):
-    """Raises UserError, before anything is done, for outputs that could not be written then."""
+    """Raises UserError, before anything is done, for outputs that could not be written later."""
     refuse_same_files(s)
     paths = [Path(s.eval_nll_path)] if s.eval_nll_path else []
     if not s.eval_only:
@@ -6216,19 +6366,19 @@ def check_outputs(s):
         with explained_errors(f"write {path}"):
             make_folder(path.parent)
             with suppress(FileNotFoundError):
-                os.stat(f"{path}.late.part")  # the longest name that it has on its way
+                os.stat(f"{path}.late.part")  # may be too long: the longest name it has for a while
             plain = path.is_file() or not path.exists()
             need(plain, f"cannot write {path}: it is a folder or a device")
             need(os.access(path.parent, os.W_OK), f"cannot write in the folder of {path}")
 
 
 def log_name(settings) -> str:
-    """What LOG_DIR's files of this run are called."""
+    """The name, without its end, of this run's files in LOG_DIR."""
     return settings.run_id + (".eval" if settings.eval_only else "")
 
 
-def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> ValidationSet | None:
-    """The validation text; None if there is none and an artifact is to go on from a prompt."""
+def text_to_score(settings, tokenizer, prompt, training, log, first=True) -> ValidationSet | None:
+    """The validation text, checked and logged; None if there is none but EVAL_ONLY and a prompt."""
     folder = Path(settings.data_path)
     if prompt and settings.eval_only and folder.is_dir() and not shard_paths(folder, "val"):
         return None
@@ -6243,19 +6393,19 @@ def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> Vali
     told = [path.name for path in map(file_of_bytes, shards) if path]
     agreed = f"; by {shown(', '.join(told))}, too" if told else ""
     log(f"validation text: {text.format(**counts)}{agreed}", "validation_data", **counts)
-    log_hashes(settings, training, shards, log, main)
+    log_hashes(settings, training, shards, log, first)
     lacking = [] if counts["documents"] else ["validation"]
     sample = np.frombuffer(b"".join(shard.sample for shard in training), "<u2")
     lacking += ["training"] if training and BOS_ID not in sample else []
     if lacking and (settings.document_reset or settings.eval_mode == "documents"):
-        remedy = "put it before each document"  # an artifact keeps its DOCUMENT_RESET
+        remedy = "put it before each document"  # with EVAL_ONLY, DOCUMENT_RESET is the artifact's
         remedy += "" if settings.eval_only else ", or set DOCUMENT_RESET=0 EVAL_MODE=sliding"
         log(f"warning: no BOS ({BOS_ID}) in the {' and '.join(lacking)} shards: {remedy}")
     return validation
 
 
 def obey(arguments: list[str], log):
-    """Does what the command line asks for: without arguments, main(log)."""
+    """Does what the command line asks for: without arguments, main(log). UserError if unknown."""
     tools = ["--dry-run", "--rehearse"]
     asked = [name for name in [*tools, "--presets"] if name in arguments]
     need(len(asked) < 2, f"{' and '.join(asked)} are commands each by itself: give one of them")
@@ -6273,7 +6423,7 @@ def obey(arguments: list[str], log):
             odd = [name for name in names if name not in PRESETS]
             need(not odd, f"{' '.join(odd)}: no preset is called so; --presets lists them")
             text = "\n".join(map(describe_preset, names))
-        with suppress(BrokenPipeError):  # of --help | head
+        with suppress(BrokenPipeError):  # as by --help | head
             print(text, flush=True)
     else:
         near = difflib.get_close_matches(arguments[-1], [*tools, "--help", "--presets"], 1, 0.8)
@@ -6282,7 +6432,7 @@ def obey(arguments: list[str], log):
 
 
 def hand_over(command: str, arguments: list[str]):
-    """Has the process go on as the repository's tool of that name, wherever this file lies."""
+    """Turns the process into the tool for --dry-run or --rehearse; UserError if it is not found."""
     script = Path(__file__).resolve()
     folders = dict.fromkeys(map(str, (Path.cwd(), script.parent, script.parent.parent)))
     starts = [path for x in folders if os.path.isfile(path := f"{x}/tools/hand_over.py")]
@@ -6291,9 +6441,9 @@ def hand_over(command: str, arguments: list[str]):
 
 
 def check_alike(settings, ranks, training, validation: ValidationSet | None):
-    """Raises UserError on a rank that has another script, other text or settings than rank 0.
+    """Raises UserError on a rank that has another script, text or settings than rank 0.
 
-    On several machines each rank reads the files and variables of its own; LOG_DIR is shared.
+    On several machines, each rank reads its own machine's files and variables.
     """
     if ranks.world_size == 1:
         return
@@ -6310,11 +6460,11 @@ def check_alike(settings, ranks, training, validation: ValidationSet | None):
 
 
 def run() -> int:
-    """main() for a command line: what goes wrong is one line; returns the exit status, 0 or 2."""
-    for name in ("stdin", "stdout", "stderr"):  # closed ones, as by >&-, by their numbers
+    """obey() for a command line; returns the exit status, 0 or 2. A user's mistake is one line."""
+    for name in ("stdin", "stdout", "stderr"):  # None if closed, as by >&-; open() takes its number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):  # consoles without a sign: cp1251 has no ×, ASCII no ▁
+    for stream in (sys.stdout, sys.stderr):  # consoles may lack signs: cp1251 has no ×, ASCII no ▁
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     with removing_empty_folders(), closing(Log()) as log:
@@ -6324,7 +6474,7 @@ def run() -> int:
             return 0
         except (Exception, KeyboardInterrupt) as error:
             problem = explain_failure(error, log)
-            with suppress(KeyboardInterrupt, OSError):  # told twice to stop; nobody there to read
+            with suppress(KeyboardInterrupt, OSError):  # a second signal; no one reads the console
                 tell_failure(error, problem, log)
             if not problem:
                 raise
@@ -6332,15 +6482,15 @@ def run() -> int:
 
 
 OTHER_RANK_ENDED = "another rank has ended"
-WAIT_FOR_MAIN = 5.0  # seconds in which rank 0 tells what all ranks see, and torchrun ends these
-WAIT_FOR_END = 20.0  # in which torchrun ends the ranks that did not fail first
+WAIT_FOR_MAIN = 5.0  # seconds for rank 0 to tell what all ranks see, and torchrun to end the others
+WAIT_FOR_END = 20.0  # for torchrun to end the ranks that did not fail first
 
 
 def tell_failure(error: BaseException, problem: str, log):
-    """Writes why the run ends to its log and, if it is no fault of this script, to the console.
+    """Writes why the run ends to its log and, unless the script is at fault, to the console.
 
-    What several ranks see, rank 0 tells; of ranks of which one has ended, that one. torchrun ends
-    all once one has ended, and shows its cause: the others wait for it, long if a signal ends it.
+    problem: explain_failure()'s. What all ranks see, rank 0 tells. If one rank has ended, it tells;
+    torchrun then ends the others, and shows that rank's line, so they wait to be ended.
     """
     rank = os.environ.get("RANK", "")
     rank = int(rank) if rank.isdecimal() else 0
@@ -6353,15 +6503,15 @@ def tell_failure(error: BaseException, problem: str, log):
     log.failed(line, error=what, rank=rank)
     if problem == OTHER_RANK_ENDED:
         time.sleep(WAIT_FOR_END)
-    # Of a signal to one rank torchrun knows nothing, and of one to itself it tells itself.
+    # torchrun tells nothing of a signal to a rank, and of one to itself nothing but that.
     if problem and (problem.startswith("stopped by") or not left_to_torchrun(line)):
         print(line, file=sys.stderr, flush=True)
 
 
 def left_to_torchrun(line: str) -> bool:
-    """Whether torchrun was given the line to show in the block with which it ends.
+    """Gives torchrun the line to show in its last block, and says whether it did.
 
-    Not if it is to restart the ranks. Its own traceback comes before the block (torch 2.9 to 2.13).
+    Not if it will restart the ranks. Its traceback comes before that block (torch 2.9 to 2.13).
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     starts = [os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS")]
@@ -6373,7 +6523,7 @@ def left_to_torchrun(line: str) -> bool:
 
 
 def way_on(settings, source: str | Path, also_unset: str = "") -> str:
-    """What RUN_ID goes on from, and without which settings, where these ask for something else."""
+    """Words on how RUN_ID goes on from source; without RESUME, if that asks for something else."""
     s = settings
     asked = s.resume == "auto" or Path(s.resume) == source
     unset = [] if asked else [f"RESUME={shown(s.resume)}"]
@@ -6383,9 +6533,9 @@ def way_on(settings, source: str | Path, also_unset: str = "") -> str:
 
 
 def way_on_from_kept(settings, told: set[str]) -> str:
-    """What leads on from what is kept of a run that was stopped, or whose disk is full.
+    """How to go on with what is kept of a run that was stopped, or whose disk is full, in words.
 
-    told: the events of this start. Those before it are what OVERWRITE=1 does not go on from.
+    told: the events of this start. OVERWRITE=1 does not go on from earlier starts.
     """
     s = settings
     path = Path(s.log_dir, f"{s.run_id}.jsonl")
@@ -6401,7 +6551,7 @@ def way_on_from_kept(settings, told: set[str]) -> str:
 
 
 def explain_failure(error: BaseException, log=None) -> str:
-    """One line for what a user can mend, or has asked for; "" for a fault of this script."""
+    """One line on what a user can mend, or has asked for; "" if the script itself is at fault."""
     full = getattr(error.__cause__, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
     if full or isinstance(error, KeyboardInterrupt):
         settings = log and log.settings
@@ -6421,9 +6571,9 @@ def explain_failure(error: BaseException, log=None) -> str:
 def explain_collective(error: RuntimeError) -> str:
     """Why a collective failed, if other ranks are to blame; "" for all other errors.
 
-    Seen with gloo of torch 2.13: plain RuntimeErrors, which only their text tells apart, and which
-    do not tell who was waited for: each rank for which it has timed out, too, says so within five
-    seconds in the group's store. Needed until test_a_rank_that_stalls_is_named passes without.
+    gloo (seen with torch 2.13) raises plain RuntimeErrors, which only their text tells apart and
+    which do not name the silent rank. So a rank that has timed out says so in the group's store:
+    silent is who has not after 5 s. Needed until test_a_rank_that_stalls_is_named passes without.
     """
     if not dist.is_initialized():
         return ""
@@ -7489,11 +7639,12 @@ def tokens_backward(
 
 
 # ---- The operator --------------------------------------------------------------------------------
-# To torch, forward and backward are one operator each: torch.compile leaves them whole, and needs
-# of each its outputs' shapes (the fake), what it keeps, and its backward.
+# To torch, forward and backward are one operator each. torch.compile leaves them whole; it has to
+# know the shapes of their outputs (the fake), what forward keeps, and the backward.
 
 # The name space of all operators. Compiled graphs call them by name, and stay in the compiler's
-# cache when this file has become another, whose operators may take or return other things.
+# cache when this file changes: then its operators, which may take or return other things, must have
+# other names.
 OPERATORS = f"golf_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]}"
 
 
@@ -7505,9 +7656,10 @@ SAVED = ("y", "ssm_out", "scalars", "features", "half_turn", "rotated", "rotatio
 
 
 def launch(kernel, grid: tuple, named: dict, *, warps: int = 4, registers=None, stages: int = 3):
-    """Runs a kernel, a program for each place of the grid, on what it takes of `named`, by name.
+    """Runs a kernel, one program for each place of the grid, on those of `named` that it takes.
 
-    warps a program, registers a thread at most, stages of a loop's loads: the fastest on an H200.
+    warps of a program, most registers of a thread, stages of a loop's loads: callers give what is
+    fastest on an H200. Raises UserError if the kernel cannot run on this GPU.
     """
     arguments = {name: named[name] for name in kernel.arg_names}
     try:
@@ -7519,7 +7671,7 @@ def launch(kernel, grid: tuple, named: dict, *, warps: int = 4, registers=None, 
 
 
 def scan_arguments(tensors: list[Tensor], starts, sizes: list[int]) -> dict:
-    """What the kernels of forward and backward share, by name: tensors are GIVEN, then SAVED."""
+    """Arguments by name that forward's and backward's kernels share; tensors: GIVEN, then SAVED."""
     named = dict(zip(GIVEN + SAVED, tensors, strict=True))
     batch, length, _ = named["projected"].shape
     named |= {"decay_sums": named["scalars"][int(DECAY_SUM)], "chunks": named["states"].shape[2]}
@@ -7527,23 +7679,23 @@ def scan_arguments(tensors: list[Tensor], starts, sizes: list[int]) -> dict:
 
 
 def has_tile_instructions(device: torch.device) -> bool:
-    """Whether a GPU moves tiles by an instruction, and multiplies them in place, as Hopper."""
+    """Whether a GPU, as Hopper, moves tiles by one instruction and multiplies them in place."""
     capability, _ = kernel_limits(device)
-    return 90 <= capability < 120  # else they take registers, and 4 warps spill
+    return 90 <= capability < 120  # elsewhere tiles take registers, and 4 warps would spill
 
 
 def rotates_in_scan(sizes: ScanSizes, device: torch.device) -> bool:
-    """Whether scan_forward turns keys and queries.
+    """Whether scan_forward turns keys and queries itself, in place of rotate_features.
 
-    It does of sizes up to 64, of which two programs share a multiprocessor, and where half of a
-    row turns, by eight angles at least: a tile's rows take 16 bytes or more.
+    It does if sizes are at most 64, so that two programs share a multiprocessor, and if half of a
+    row turns, by eight angles or more, as a tile's rows take at least 16 bytes.
     """
     fit = max(sizes.P, sizes.N, sizes.CHUNK) <= 64 and sizes.N == 4 * sizes.R >= 32
     return fit and has_tile_instructions(device)
 
 
 def launch_scan(kernel, named: dict) -> None:
-    """Runs a program for each head, on tensor descriptors, or Tiles, of what is read by tiles."""
+    """Runs a program for each head; it reads tiles by tensor descriptors, or else by Tiles."""
     device = named["projected"].device
     by_descriptor = has_tile_instructions(device)
     _, angles, _, channels, state, chunk = named["S"]
@@ -7699,13 +7851,13 @@ fused_scan.register_autograd(_fused_scan_autograd, setup_context=_keep_scan)
 
 
 def gpu_properties(device: torch.device):
-    """What CUDA says of a GPU; of the current one where tensors have no data ("meta")."""
+    """What CUDA says of a GPU; for device "meta", of tensors without data, of the current one."""
     return torch.cuda.get_device_properties(device if device.type == "cuda" else None)
 
 
 @cache
 def kernel_limits(device: torch.device) -> tuple[int, int]:
-    """A GPU's compute capability, 90 of an H100, and the bytes of shared memory of a program."""
+    """A GPU's compute capability, 90 of an H100, and a program's most bytes of shared memory."""
     if device.type == "cpu":  # where Triton interprets, kernels run as on the H100
         return 90, 232_448
     gpu = gpu_properties(device)
@@ -7770,7 +7922,7 @@ def scan_shared_bytes(heads: int, channels: int, state: int, chunk: int, capabil
 
 
 def why_not_triton(settings, device: torch.device) -> str:
-    """Why the kernels cannot run the layers of these settings; empty if they can."""
+    """Why the kernels cannot run the layers of these settings; "" if they can."""
     if settings.mamba_decay != "softplus":
         return "has no other MAMBA_DECAY than softplus"
     if triton is None:
@@ -8176,7 +8328,7 @@ SIDE = constexpr(64)  # of a tile of a matrix that is rounded
 
 
 def choose_float8(model, settings, device: torch.device, before: str = EVERY_FLOAT8) -> str:
-    """FLOAT8_PRODUCTS, or UserError; for auto those that run here, and that a checkpoint had."""
+    """FLOAT8_PRODUCTS, or UserError; auto: those of `before`, a checkpoint's, that run here."""
     wanted = settings.float8_products
     if wanted == "auto":
         had = [part for part in EVERY_FLOAT8.split(",") if part in before.split(",")]
@@ -8187,7 +8339,7 @@ def choose_float8(model, settings, device: torch.device, before: str = EVERY_FLO
 
 
 def describe_float8(model, settings, device: torch.device, chosen: str) -> str:
-    """For a run's log: which products have 8 bits and, where auto chose fewer, why."""
+    """For a run's log: which products have 8 bits and, if auto chose fewer than all, why."""
     text = "" if chosen == "none" else f", 8 bits in {chosen}"
     if settings.float8_products != "auto" or device.type != "cuda" or chosen == EVERY_FLOAT8:
         return text
@@ -8733,10 +8885,10 @@ class RanksApart(Ranks):
 
 
 def compile_ahead(settings):
-    """Starts the processes for a run that trains on a GPU; end_ahead() ends them, or the run's end.
+    """Starts the processes for a run that trains on a GPU; they end by end_ahead() or with the run.
 
-    They are forked, as importing torch takes long, and not where CUDA is in use, which survives no
-    fork. There are no other threads yet than those of numpy's OpenBLAS, which expects forks.
+    They are forked, as importing torch again would take long; but not if CUDA is in use, which does
+    not survive a fork. The only threads by now are those of numpy's OpenBLAS, which expects forks.
     """
     rank, local_rank, world_size = read_launch(dict(os.environ))
     gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()
@@ -8748,7 +8900,7 @@ def compile_ahead(settings):
         # Not earlier: torch's compiler reads variables that prepare_torch() sets when imported.
         from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
-        # torch's compiler would choose it later, for each GPU another: one process serves them all.
+        # Later, torch's compiler would choose one for each GPU; one process serves all of them.
         os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(0))
         if settings.eval_only:  # an artifact's settings are not known yet
             return
@@ -8761,11 +8913,11 @@ def compile_ahead(settings):
 
 
 def start_ahead(what: str, function, settings, ranks):
-    """Starts one, which calls the function and is part of AHEAD; OSError where it cannot."""
+    """Starts a process that calls function, and puts it into AHEAD; OSError if it cannot."""
     here, there = multiprocessing.Pipe()
     values = function, settings, ranks, there
     process = multiprocessing.get_context("fork").Process(target=work_ahead, args=values)
-    with handling_signals(signal.SIG_DFL):  # they end it: the run tells of them
+    with handling_signals(signal.SIG_DFL):  # in it, signals end it; the run itself reports them
         process.start()
     there.close()
     atexit.register(process.kill)
@@ -8773,9 +8925,9 @@ def start_ahead(what: str, function, settings, ranks):
 
 
 def work_ahead(function, settings, ranks, pipe):
-    """What a process does: function(settings, ranks, pipe, tell), and tells how much it has made.
+    """What such a process does: calls function(settings, ranks, pipe, tell).
 
-    tell() is called for each thing that is compiled.
+    That calls tell() for each thing that it has compiled, and the pipe gets the count.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != multiprocessing.parent_process().pid:  # the run has ended before
@@ -8798,7 +8950,7 @@ def work_ahead(function, settings, ranks, pipe):
 
 
 def allow_updates_ahead(spare: float, count: int):
-    """Has those begin that wait, if so many bytes of the GPU are enough for `count` numbers."""
+    """Tells waiting processes to begin if `spare` bytes of the GPU do for `count` parameters."""
     for what, _, pipe in AHEAD:
         if what != "kernels" and spare > UPDATE_BYTES * count + CONTEXT_BYTES:
             with suppress(OSError):  # it has ended
@@ -8818,14 +8970,14 @@ def end_ahead(log):
         log(f"{what} compiled ahead: {made}")
 
 
-UPDATE_BYTES = 64  # of a number: itself twice, gradient, momentum, Adam's or Muon's, averages, ...
-CONTEXT_BYTES = 2**31  # CUDA's own, and kernels, twice; calibration's attention
+UPDATE_BYTES = 64  # of a parameter: itself twice, gradient, momentum, Adam's or Muon's, averages...
+CONTEXT_BYTES = 2**31  # CUDA's own and kernels, of two processes; calibration's attention
 
 
 def compile_updates(settings, ranks, pipe, tell):
-    """What torch compiles of a step behind its gradients, by a step that changes nothing.
+    """Compiles what torch compiles of a step after its gradients, by a step that changes nothing.
 
-    It takes some of the GPU's memory, and so begins when the run has chosen how much it takes.
+    It takes some of the GPU's memory, so it waits until the run has chosen how much that takes.
     """
     model = await_model(settings, ranks, pipe)
     for p in model.parameters():
@@ -8835,9 +8987,9 @@ def compile_updates(settings, ranks, pipe, tell):
 
 
 def compile_others(settings, ranks, pipe, tell):
-    """The average, likewise, and attention as export's calibration runs it: FlexAttention.
+    """Compiles the average, likewise, and FlexAttention as export's calibration calls it.
 
-    That calls all else function by function, where FlexAttention compiles itself.
+    Calibration is not compiled as a whole, so FlexAttention compiles itself there.
     """
     model = await_model(settings, ranks, pipe)
     compile_average(WeightAverage(model, settings, ranks), ranks.device)
@@ -8856,7 +9008,7 @@ def compile_others(settings, ranks, pipe, tell):
 
 
 def await_model(settings, ranks, pipe) -> Model:
-    """The run's model, when the run has said that there is room for it on the GPU."""
+    """A model like the run's, once the run has said that there is room for it on the GPU."""
     pipe.recv()
     torch.cuda.set_device(ranks.device)
     model = build_model(settings, ranks)
@@ -8866,7 +9018,7 @@ def await_model(settings, ranks, pipe) -> Model:
 
 
 def compile_kernels(settings, ranks, pipe, tell):
-    """Our kernels, launched on tensors without data by launches that end when they are compiled.
+    """Compiles our kernels: launches them on tensors without data, and runs none.
 
     Triton's cache goes by a kernel's text, its arguments' types and constants, and the kind of GPU.
     """
@@ -8888,7 +9040,7 @@ def compile_kernels(settings, ranks, pipe, tell):
 
 
 class OwnCode(TorchDispatchMode):
-    """While entered, our operators run on tensors without data, for which torch has their fakes."""
+    """While entered, our operators' own code runs on tensors without data, in place of fakes."""
 
     def __init__(self):
         super().__init__()
@@ -8901,7 +9053,7 @@ class OwnCode(TorchDispatchMode):
 
 
 def launch_kernels(s, ranks):
-    """Launches, by settings s, all that a step does, forward and backward, and then the export."""
+    """Launches all our kernels that a step needs, forward and backward, and the export."""
     gpu = ranks.device
     scan = choose_scan_backend(s, gpu) if parse_layers(s, "mamba_layers") else "none"
     model = model_skeleton(s)
@@ -8943,10 +9095,10 @@ def selective_scan(
         y_t = (C_t h_t + D x_t) SiLU(gate_t)
 
     tensors: x, step (B, L, H), A (H, N) < 0, B, C (B, L, N), D (H,), gate (B, L, H), bias (H,).
-    state: the h (B, H, N) that earlier tokens left, or None. The library, "fused", knows no
-    documents and no states: behind a state, "parallel" takes its place.
+    state: the h (B, H, N) that earlier tokens left, or None. The library, "fused", knows neither
+    documents nor states: it returns None, and with a state given, "parallel" takes its place.
     """
-    if backend == "fused" and state is None:  # mamba_ssm wants channels before tokens
+    if backend == "fused" and state is None:  # mamba_ssm wants (B, H, L)
         turned = [x.mT.contiguous() if x.dim() == 3 else x for x in tensors]
         return library_kernel(turned, None, "selective_scan", 0).mT, None
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
@@ -8962,7 +9114,7 @@ def selective_scan(
     chunks = (x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))
     for part in zip(*chunks, strict=True):
         inputs = (*part, decay_rate, state, backend)
-        y, state = checkpoint(selective_chunk, *inputs, **options)  # keeps one chunk's H·N a token
+        y, state = checkpoint(selective_chunk, *inputs, **options)  # stores one chunk's states
         outputs.append(y)
     y = torch.cat(outputs, dim=1) + skip * value
     return (y * F.silu(gate)).to(tensors[0].dtype), state
@@ -8972,7 +9124,7 @@ def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: 
     """C_t h_t (B, T, H) of a chunk's T tokens, and their last h (B, H, N).
 
     reset (B, T): 0, or -infinity where a document starts. "parallel" is Hillis and Steele's scan:
-    after round r, each token's state holds what the 2**r tokens up to it left: log2 T rounds do.
+    after round r a token's state holds what the 2**r tokens up to it left; log2 T rounds suffice.
     """
     rates = torch.addcmul(reset[..., None, None], step.unsqueeze(-1), decay_rate)
     decay = rates.exp()  # (B, T, H, N)
@@ -8995,14 +9147,13 @@ def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: 
     return (states * query.unsqueeze(2)).sum(-1), states[:, -1].clone()
 
 
-# --------------------------------------------------------------------------------------------------
-# Kernels of libraries, where a user has built them: causal_conv1d's convolution, mamba_ssm's scans
-# (arXiv 2312.00752, 2405.21060), FlashAttention 2 and 3 (arXiv 2307.08691, 2407.08608)
-#
-# All are one operator of ours, by name. Its backward pass runs the library's forward pass again
-# under autograd: versions differ in what their backward passes ask for.
+# ---- Libraries' kernels --------------------------------------------------------------------------
+# Where a user has built them: causal_conv1d's convolution, mamba_ssm's scans (arXiv 2312.00752,
+# 2405.21060), FlashAttention 2 and 3 (arXiv 2307.08691, 2407.08608). One operator calls them all,
+# by name. Its backward pass runs the library's forward pass again, under autograd, as backward
+# passes' own arguments differ from version to version.
 
-LIBRARIES = {  # by version of Mamba; selective_scan_cuda may be left out when mamba_ssm is built
+LIBRARIES = {  # by MAMBA_VERSION; mamba_ssm can be built without selective_scan_cuda
     1: ("causal_conv1d", "selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"),
     2: ("causal_conv1d", "mamba_ssm.ops.triton.ssd_combined"),
 }
@@ -9011,11 +9162,11 @@ INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
 
 
 class LacksLibrary(str):
-    """A reason that INSTALL mends."""
+    """A reason not to run that INSTALL removes."""
 
 
 def why_not_fused(settings) -> str:
-    """Why the libraries cannot run the layers of these settings; empty if they can."""
+    """Why the libraries cannot run the layers of these settings; "" if they can."""
     version = settings.mamba_version
     if version == 1 and settings.document_reset:
         return "keeps no documents apart in the first Mamba"
@@ -9024,16 +9175,17 @@ def why_not_fused(settings) -> str:
     for module in LIBRARIES[version]:
         try:
             importlib.import_module(module)
-        except Exception as error:  # of another torch's, CUDA's or triton's version, of any kind
+        except Exception as error:  # any kind, as if built for another torch, CUDA or triton
             return LacksLibrary(f"lacks a library ({first_sentence(error)}): {INSTALL}")
     return ""
 
 
 def call_library(tensors, sequence, name: str, size: int) -> Tensor:
-    """One of the libraries' functions, by name. Its result is shaped like the first tensor.
+    """Calls one of the libraries' functions; its result is shaped like the first tensor.
 
-    sequence: each token's document for the chunked scan, where documents begin (and the last ends)
-    for FlashAttention, or None. size: the scan's chunk, or the longest document there may be.
+    name: "convolution", "selective_scan", "chunk_scan" or one of FLASH_LIBRARIES. sequence: for the
+    chunked scan each token's document, for FlashAttention document_edges(), or None. size: the
+    scan's chunk, or the most tokens that a document may have.
     """
     if name == "convolution":
         library = importlib.import_module("causal_conv1d")
@@ -9054,7 +9206,7 @@ def call_library(tensors, sequence, name: str, size: int) -> Tensor:
         options |= {"cu_seqlens_q": sequence, "cu_seqlens_k": sequence}
         options |= {"max_seqlen_q": size, "max_seqlen_k": size}
     y = function(*tensors, **options)
-    return y[0] if isinstance(y, tuple) else y  # some versions give the log-sums as well
+    return y[0] if isinstance(y, tuple) else y  # some versions also return log-sums
 
 
 @torch.library.custom_op(f"{OPERATORS}::library_kernel", mutates_args=())
@@ -9067,7 +9219,7 @@ def library_kernel(tensors: list[Tensor], sequence: Tensor | None, name: str, si
 def library_backward(
     d_y: Tensor, tensors: list[Tensor], sequence: Tensor | None, name: str, size: int
 ) -> list[Tensor]:
-    """The gradients of tensors, by the library's own autograd.Function; its forward runs again."""
+    """The gradients of tensors, by the library's own autograd, after its forward pass again."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     with torch.enable_grad():
         y = call_library(leaves, sequence, name, size)
@@ -9095,14 +9247,14 @@ def library_scan(projected, parameters, sizes, document_start, chunk_size: int):
     key, query = (column[name].unsqueeze(2) for name in ("key", "query"))  # one for all heads
     tensors = [column["value"], column["step"], parameters.decay_rate, key, query]
     tensors += [parameters.skip, column["gate"], parameters.step_bias]
-    # Documents are numbered: a token sees those of its own number.
+    # Documents are numbered: a token sees the tokens with its own number.
     number = None if document_start is None else document_start.cumsum(1, dtype=torch.int32)
     y = library_kernel(tensors, number, "chunk_scan", chunk_size).flatten(2)
     return y, y.to(parameters.skip.dtype).square().mean(-1), None
 
 
-# --------------------------------------------------------------------------------------------------
-# Other quantizers: the steps of other grids than SDClip's (grid_steps() in section 8)
+# ---- Other quantizers ----------------------------------------------------------------------------
+# Steps of other grids than SDClip's, for grid_steps() in section 8.
 
 PERCENTILES = (0.99, 0.995, 0.998, 1.0)
 
@@ -9110,7 +9262,8 @@ PERCENTILES = (0.99, 0.995, 0.998, 1.0)
 def percentile_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
     """Steps (rows, 1) of grids that end at a percentile of a row's magnitudes, times clips / 3.
 
-    Of PERCENTILES each row takes the one that errs least; a Gaussian's 99.7th is about at k = 3.
+    Each row takes the one of PERCENTILES that errs least. clips / 3 is 1 for k = 3, which is about
+    where the 99.7th percentile of a Gaussian's magnitudes lies.
     """
     magnitudes = weight.abs().sort(dim=1).values
     best = sdclip_steps(weight, limits, clips)
@@ -9128,22 +9281,22 @@ def percentile_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
 def decoupled_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> tuple[Tensor, Tensor]:
     """Steps of rows (rows, 1) and columns (columns,), after Q-Mamba (2025.findings-acl.551).
 
-    Columns are divided by their norms, once all rows have length one; what remains is SDClip's.
+    A column's step is its norm once all rows have length 1; rows' are SDClip's after that division.
     """
     columns = exact_steps(F.normalize(weight).norm(dim=0))
     return sdclip_steps(weight / columns, limits, clips), columns
 
 
 def ternary_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
-    """Steps (rows, 1): mean magnitudes of ternary rows (arXiv 2402.17764), SDClip's of others."""
+    """Steps (rows, 1): of ternary rows mean magnitudes (arXiv 2402.17764), of others SDClip's."""
     mean_magnitude = exact_steps(weight.abs().mean(dim=1, keepdim=True))
     return torch.where(limits == TERNARY_MAX, mean_magnitude, sdclip_steps(weight, limits, clips))
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention's backends: what attend() calls beside SDPA and the formula
+# ---- Attention's backends ------------------------------------------------------------------------
+# What attend() calls besides SDPA and the formula.
 
-BLOCK = 128  # tokens of a side of a block that FlexAttention computes or leaves out
+BLOCK = 128  # side, in tokens, of a block that FlexAttention computes or leaves out
 compile_once = cache(torch.compile)
 
 
@@ -9151,16 +9304,17 @@ compile_once = cache(torch.compile)
 def document_block_lists(reach: Tensor) -> list[Tensor]:
     """Which blocks of keys each block of queries reads, from reach (B, T) int32, and the reverse.
 
-    Those are the blocks from its first query's document's start to itself: one that its last query
-    sees as a whole needs no mask, the others are masked token by token. Returns reach and listed()
-    four times, of blocks (B, 1, blocks, blocks): masked and whole ones by block of queries, then by
-    block of keys. An operator, as inductor (torch 2.11) refuses a mask whose tensors it would fuse.
+    A block of queries reads the blocks from the start of its first query's document up to itself.
+    One that its last query sees as a whole needs no mask; others are masked token by token. Returns
+    reach, then listed() four times, of blocks (B, 1, blocks, blocks): masked and whole ones by
+    block of queries, then by block of keys. It is an operator because inductor (torch 2.11) refuses
+    a mask whose tensors it would fuse.
     """
     length = reach.shape[1]
     block = torch.arange(-(-length // BLOCK), device=reach.device)
-    first = block * BLOCK  # token of each block
+    first = block * BLOCK  # each block's first token
     last = (first + BLOCK - 1).clamp(max=length - 1)
-    whole = (first + BLOCK <= length)[:, None]  # blocks of queries, without the window's end
+    whole = (first + BLOCK <= length)[:, None]  # blocks of queries that the window does not cut off
     earliest = (first - reach[:, first])[:, None, :, None]  # key that the first query sees
     latest = (last - reach[:, last])[:, None, :, None]  # and the last one, (B, 1, blocks, 1)
     full = (block < block[:, None]) & whole & (first >= latest)  # (B, 1, of queries, of keys)
@@ -9177,14 +9331,14 @@ def _document_block_lists_shapes(reach) -> list[Tensor]:
 
 
 def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many are chosen (..., N) bool, (...), and their places first in (..., N), both int32."""
+    """How many of chosen (..., N) are true, (...); their places first, (..., N). Both int32."""
     places = chosen.int().argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(dim=-1, dtype=torch.int32), places.int()
 
 
 def document_blocks(reach: Tensor):
     """FlexAttention's BlockMask of documents, from reach (B, T) int32, on its device."""
-    # Only here: importing it loads the compiler and names its folder in the environment.
+    # Imported only here, as that loads the compiler and puts its folder into the environment.
     from torch.nn.attention.flex_attention import BlockMask
 
     length = reach.shape[1]
@@ -9197,22 +9351,22 @@ def document_blocks(reach: Tensor):
 
 
 def attend_by_blocks(query, key, value, documents: Documents | None) -> Tensor:
-    """By FlexAttention (arXiv 2412.05496), heads first: unseen blocks are never computed."""
+    """attend() by FlexAttention (arXiv 2412.05496), which skips unseen blocks: (B, heads, T, D)."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if documents is None:
         nowhere = torch.zeros(query.shape[0], query.shape[2], dtype=bool, device=query.device)
         documents = find_documents(nowhere, "flex")
-    if query.is_cuda and not torch.compiler.is_compiling():  # else it would compute all scores
+    if query.is_cuda and not torch.compiler.is_compiling():  # not compiled, it has all scores
         flex_attention = compile_once(flex_attention, dynamic=False)
     return flex_attention(query, key, value, block_mask=documents.blocks, enable_gqa=True)
 
 
 def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
-    """Where documents begin in the windows start (B, T) bool, laid end to end; then their end.
+    """Where documents begin in windows laid end to end, and where all end; start: (B, T) bool.
 
-    (slots + 1,) int32 in order; slots without a document hold the end too. There is one for every
-    window, and for every 128 tokens, at least 256. And () bool: whether those are too few.
+    Returns (slots + 1,) int32, ascending; slots left over hold the end. There is a slot for each
+    window, and one more for every 128 tokens, at least 256. And () bool: whether they are too few.
     """
     batch, length = start.shape
     total = start.numel()
@@ -9227,7 +9381,7 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def attend_by_lengths(query, key, value, documents: Documents | None, backend: str) -> Tensor:
-    """By FlashAttention, which takes documents by length; NaN where there are too many."""
+    """attend() by FlashAttention, which takes documents by length; NaN if they are too many."""
     length = query.shape[1]
     edges = None if documents is None else documents.edges
     heads = [x if edges is None else x.flatten(0, 1) for x in (query, key, value)]
@@ -9236,9 +9390,9 @@ def attend_by_lengths(query, key, value, documents: Documents | None, backend: s
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        # Since 2.11 causal is a window, and no longer a flag.
+        # From torch 2.11 on causal is a window, and no longer a flag.
         options = {"window_size": (-1, 0)} if TORCH >= (2, 11) else {"is_causal": True}
-        if TORCH >= (2, 12):  # it takes fewer key heads than query heads
+        if TORCH >= (2, 12):  # takes fewer key heads than query heads
             options["enable_gqa"] = True
         else:
             shared = query.shape[2] // key.shape[2]  # query heads that read one key head
@@ -9250,13 +9404,13 @@ def attend_by_lengths(query, key, value, documents: Documents | None, backend: s
 
 @cache
 def attention_problem(settings, device: torch.device) -> str:
-    """Why ATTENTION_BACKEND cannot run, forward and backward, on a short text; empty if it can."""
+    """Why ATTENTION_BACKEND cannot run, by trying it forward and backward; "" if it can."""
     backend = settings.attention_backend
     confined = settings.confines_documents
     head = settings.model_dim // settings.num_heads
     if backend == "flex" and device.type != "cuda":
         return "FlexAttention has no backward pass on a CPU"
-    if backend == "flex" and 16 <= head <= 256:  # compiles for seconds, and is known to run
+    if backend == "flex" and 16 <= head <= 256:  # known to run; a trial would compile for seconds
         return ""
     if confined and backend == "cudnn":
         return "cuDNN cannot keep documents apart"
@@ -9271,7 +9425,7 @@ def attention_problem(settings, device: torch.device) -> str:
             nowhere = torch.zeros(1, BLOCK, dtype=torch.bool, device=device)
             documents = find_documents(nowhere, backend) if confined else None
             attend(*leaves, documents, backend).sum().backward()
-    except Exception as error:  # of whatever kind: libraries, compilers and drivers have their own
+    except Exception as error:  # any kind: libraries, compilers and drivers have their own
         absent = isinstance(error, ImportError | AttributeError) and backend in FLASH_LIBRARIES
         build = " (build it from FlashAttention's own repository)" if absent else ""
         return first_sentence(error) + build
@@ -9279,20 +9433,20 @@ def attention_problem(settings, device: torch.device) -> str:
 
 
 def first_sentence(error: Exception) -> str:
-    """What an exception says in one line, or its kind."""
+    """The first sentence of what an exception says, or, if it says nothing, its type."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].partition(". ")[0]
 
 
 # ==================================================================================================
 # 13. Other scripts' names
-# The contest's published scripts read 137 variables, and people reach for others. A name that were
-# ignored would make a sweep of equal runs, so each is another name of a setting, or is refused.
-# A converter gives a setting's text, from the environment and the Settings without other names.
+# The contest's published scripts read 137 variables, and people try others. If such a name were
+# ignored, a sweep over it would be equal runs: so each is another name of a setting, or refused.
+# A converter returns a setting's text, given the environment and the Settings of our own names.
 
 
 def convert_recurrence(environment: dict[str, str], settings) -> str:
-    """LAYER_ORDER of RECUR_REPEATS (1) more passes over RECUR_LAYERS, as RECUR_MODE says."""
+    """LAYER_ORDER with RECUR_REPEATS (1) more passes over RECUR_LAYERS, as RECUR_MODE says."""
     need("RECUR_LAYERS" in environment, "RECUR_REPEATS and RECUR_MODE need RECUR_LAYERS")
     mode = environment.get("RECUR_MODE", "block").strip()
     need(mode in ("block", "layer"), f"RECUR_MODE={shown(mode)} should be one of block, layer")
@@ -9307,7 +9461,7 @@ def convert_recurrence(environment: dict[str, str], settings) -> str:
 
 
 def convert_loops(environment: dict[str, str], settings) -> str:
-    """LAYER_ORDER of NUM_LOOPS more passes over the layers from LOOP_START to LOOP_END."""
+    """LAYER_ORDER with NUM_LOOPS more passes over the layers from LOOP_START to LOOP_END."""
     need("NUM_LOOPS" in environment, "LOOP_START and LOOP_END need NUM_LOOPS, the passes to add")
     first = read_number(environment, "LOOP_START", 3)
     last = read_number(environment, "LOOP_END", 4)
@@ -9329,14 +9483,14 @@ def convert_rope_dims(environment: dict[str, str], settings) -> str:
 
 
 def convert_average(environment: dict[str, str], settings) -> str:
-    """AVERAGE of EMA_ENABLED and SWA_ENABLED; of what neither says, the usual."""
+    """AVERAGE from EMA_ENABLED and SWA_ENABLED; one that is not given leaves its part as usual."""
     usual = settings.average
     parts = ["ema"] if read_number(environment, "EMA_ENABLED", "ema" in usual) else []
     parts += ["swa"] if read_number(environment, "SWA_ENABLED", "swa" in usual) else []
     return "+".join(parts) or "none"
 
 
-# Names that are translated together, the setting that they say, and by what.
+# Names that are translated together; the setting that they become, and the converter.
 CONVERTED = {
     "EMA_ENABLED SWA_ENABLED": ("AVERAGE", convert_average),
     "LOOP_END LOOP_START NUM_LOOPS": ("LAYER_ORDER", convert_loops),
@@ -9344,7 +9498,7 @@ CONVERTED = {
     "ROPE_DIMS": ("ROPE_FRACTION", convert_rope_dims),
 }
 
-# Other names for a setting of the same value: the contest's, and some that people reach for.
+# Other names of settings, with the same values: the contest's, and some that people try.
 RENAMED = """
     AVERAGE_HORIZON=EMA_HORIZON BETA1=ADAM_BETA1 BETA2=ADAM_BETA2 BIGRAM_DIM=BIGRAM_HASH_DIM
     BIGRAM_VOCAB_SIZE=BIGRAM_BUCKETS GRAD_CLIP_NORM=GRAD_CLIP,MAX_GRAD_NORM,CLIP_GRAD
@@ -9364,8 +9518,9 @@ ALIASES = {name: fate for names, fate in CONVERTED.items() for name in names.spl
 for entry in RENAMED.split():
     ours, _, names = entry.partition("=")
     ALIASES |= dict.fromkeys(names.split(","), (ours, None))
+del entry, ours, names
 
-# Names that set nothing, and what holds instead. A value after a name says the same, and may stand.
+# Names that set nothing, and what holds instead. If a name has this value, it is let be.
 REFUSALS = {
     "DTG_ENABLED=0 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0 TRIGRAM=0": "the model has no such part",
     "VALUE_RESIDUAL=0 VE_DIM VE_ENABLED=0 VE_LAYERS": "a layer's values are its own",
@@ -9396,10 +9551,10 @@ REFUSALS = {
     "USE_BROTLI=0 USE_LZMA=1 USE_ZSTD=0": "artifacts are packed by an entropy coder and LZMA",
     "USE_ORTHO_INIT=0": "first weights are Gaussian, those of output matrices zero",
     "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",
-    # What were settings of this script.
+    # Former settings of this script.
     "SDCLIP_ATTENTION=1.0 SDCLIP_MLP=1.0": "SDCLIP_K is that of all int6 rows",
     "TTT_LORA_ALPHA": "branches are added 1.8 times, whatever TTT_LORA_RANK is",
-    # Not the contest's, but reached for.
+    # Not the contest's, but people try them.
     "GLOBAL_BATCH_SIZE TOTAL_BATCH_SIZE BATCH_TOKENS BATCHSIZE": "TRAIN_BATCH_TOKENS is a step's",
     "DEVICE_BATCH_SIZE GRAD_ACCUM MICRO_BATCH_SIZE": "MICRO_BATCH_TOKENS is a rank's at once",
     "EPOCHS NUM_EPOCHS": "ITERATIONS or MAX_WALLCLOCK_SECONDS end a run",
@@ -9413,14 +9568,14 @@ REFUSALS = {
     "WARMUP_ITERS WARMUP_RATIO": "rates rise over a run's first hundredth; WARMUP_STEPS compile",
 }
 
-REFUSED = {}  # by name: the value that may be given, or "", and what holds instead
+REFUSED = {}  # by name: the value that is let be, or "", and what holds instead
 for entries, fact in REFUSALS.items():
     for entry in entries.split():
         refused, _, harmless = entry.partition("=")
         REFUSED[refused] = (harmless, fact)
+del entries, entry, fact, refused, harmless, _
 
-
-# Other programs have such names, too: a warning says which setting may have been meant.
+# Other programs use these names, too: only a warning says which setting may have been meant.
 UNREAD = dict.fromkeys(("DATA_DIR", "DATA_FOLDER", "DATASET_PATH"), "DATA_PATH")
 UNREAD |= dict.fromkeys(("LOGDIR", "LOG_PATH", "OUTPUT_DIR"), "LOG_DIR")
 UNREAD |= dict.fromkeys(("RUN_NAME", "EXPERIMENT_NAME"), "RUN_ID")
@@ -9428,7 +9583,7 @@ UNREAD |= dict.fromkeys(("TOKENIZER", "TOKENIZER_FILE", "TOKENIZER_MODEL"), "TOK
 
 
 def same_value(text: str, other: str) -> bool:
-    """Whether two texts are one word or number; true is 1, false 0."""
+    """Whether two texts are the same word or number; true is 1, false is 0."""
     words = [text.strip().lower(), other.strip().lower()]
     words = [{"false": "0", "true": "1"}.get(word, word) for word in words]
     with suppress(ValueError):
@@ -9437,13 +9592,13 @@ def same_value(text: str, other: str) -> bool:
 
 
 def what_holds(name: str, value) -> str:
-    """What holds instead of a setting that is none (any more); "" if this value says the same."""
+    """What holds instead of a setting that does not exist; "" if this value says just that."""
     harmless, fact = REFUSED.get(name.upper(), ("", "another version's"))
     return "" if harmless and same_value(str(value), harmless) else fact
 
 
 def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Other names in ours: variables to add, and lines for the log; UserError for refused names."""
+    """For others' names variables of ours to add, and lines for the log; UserError if refused."""
     settings, _ = read_own(environment)
     added = {}
     lines = []
@@ -9472,24 +9627,24 @@ def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[s
 
 # ---- Misspelt names ------------------------------------------------------------------------------
 
-# Beginnings that no other program's variables have: what follows one must be known.
+# Beginnings that no other program's variables have: a name with one must be a known one.
 FAMILIES = ("BIGRAM_", "EMA_", "GPTQ_", "LATE_QAT_", "MUON_", "RECUR_", "SDCLIP_", "SWA_", "TTT_")
 
-# What is merely like these is another program's: common words. MODEL_DIR and mamba's are others'.
+# Names merely similar to COMMON_WORDS are other programs'; so are MODEL_DIR, and mamba's own.
 COMMON_WORDS = {"BATCH_SIZE", "LOG_DIR", "QUANTIZER", "RUN_ID", "SEQ_LEN"}
 STRANGERS = {"MAMBA_EXE", "MAMBA_FORCE_BUILD", "MODEL_DIR"}
 
-# What is written out where our names are short.
+# What people write out, and our names abbreviate.
 LONG_WORDS = {"_LEARNING_RATE": "_LR", "_MULTIPLIER": "_MULT", "_MULTIPLE": "_MULT"}
 LONG_WORDS |= {"_DIMENSION": "_DIM", "_EPSILON": "_EPS", "VOCABULARY_": "VOCAB_"}
 
 
 def refuse_misspelt(environment: dict[str, str]):
-    """Raises UserError for an unknown variable that was meant for us; others are let be.
+    """Raises UserError for an unknown variable that seems meant for this script.
 
-    It was if it begins as only ours do, or if without case, underscores and long forms it is one of
-    our names but for a letter or a tenth, or goes on where a long one ends. Short single words do
-    not count.
+    It does if it begins with one of FAMILIES; if, without case, underscores and LONG_WORDS, it is
+    one of our names up to one letter or a tenth of them; or if it begins with a long one of ours.
+    Short names of a single word are not compared.
     """
     known = {name.upper() for name in FIELDS} | ALIASES.keys() | REFUSED.keys()
     likely = [n for n in sorted(known - COMMON_WORDS) if len(n) >= (5 if n.find("_") > 1 else 9)]
@@ -9505,7 +9660,7 @@ def refuse_misspelt(environment: dict[str, str]):
         flat = flat.replace("_", "")
         nearest = difflib.get_close_matches(flat, names, 1, 0.8)
         longest = max([1, len(flat), *map(len, nearest)])
-        cutoff = min(0.9, 1 - 1 / longest)  # of one letter in longest
+        cutoff = min(0.9, 1 - 1 / longest)  # one letter in longest
         near = difflib.get_close_matches(flat, nearest, 1, cutoff) or flat.startswith(long_names)
         if near or variable.startswith(FAMILIES):
             meant = names[nearest[0]] if nearest else ""

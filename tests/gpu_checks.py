@@ -947,6 +947,17 @@ class AttentionWatch(t.EvaluationObserver):
         self.backends.append(self.model.attention_backend)
 
 
+class MemoryWatch(t.EvaluationObserver):
+    """Hears how many documents there is room for."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_short_memory(self, rows: int):
+        """As an EvaluationObserver."""
+        self.rows.append(rows)
+
+
 class ProductWatch(TorchDispatchMode):
     """Counts backward passes of the fused MLP, and products that have the shape of its weights."""
 
@@ -1009,6 +1020,27 @@ def check_documents(adapts: bool, **overrides) -> None:
         check_document_causality(label, scored, tokens, model.settings.vocab_size)
     if DEVICE.type == "cuda":
         check_document_kernels(label, model, watch, adapts)
+
+
+def check_short_memory() -> None:
+    """Documents that adapt in a part of the memory that they take at once."""
+    model, _ = document_models(train_seq_len=1024, ttt_lora_piece=64, ttt_lora_slots=64)
+    tokens = stream_of([1000] * 64)
+    kept = torch.cuda.memory_allocated()
+    found = document_surprise(model, tokens)
+    needed = torch.cuda.max_memory_allocated() - kept
+    print(f"     64 documents of 1,000 tokens: {needed / 1e9:.2f} GB beside the model")
+    whole = torch.cuda.get_device_properties(DEVICE).total_memory
+    for part in (0.6, 0.2):
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((kept + part * needed) / whole)
+        watch = MemoryWatch()
+        scores = document_surprise(model, tokens, observer=watch)
+        label = f"documents in {part:.0%} of the memory"
+        print(f"     {label}: {', then '.join(map(str, watch.rows))} at once")
+        check(f"{label}: as many at once as before", float(not watch.rows), 0)
+        check(f"{label}: scores", relative(scores, found), 3 * BF16_TOLERANCE)
+    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def check_document_order(label: str, scored, tokens, found, tolerance: float) -> None:
@@ -1369,6 +1401,7 @@ def parts() -> dict[str, Part]:
         "documents-mamba2": Part(call(check_document_steps, **short), 60, "the same of Mamba-2"),
         "documents-frozen": Part(call(check_documents, False), 50, "documents scored apart"),
         "documents-adapting": Part(call(check_documents, True), 80, "documents that adapt"),
+        "memory": Part(check_short_memory, 60, "documents in less memory than they take", True),
         "optimizer": Part(check_optimizer, 20, "Newton-Schulz steps against float64"),
         "mlp": Part(check_mlp, 30, "the MLP's kernels against its formula"),
         "float8-products": Part(check_float8, 90, "8-bit products against their reference"),

@@ -426,6 +426,112 @@ def test_documents_learn_on_after_a_moment_in_which_reading_was_slow(costly):
     assert re.fullmatch("ll+s+l+s", pauses), pauses
 
 
+# ---- A GPU whose memory is short -----------------------------------------------------------------
+
+
+class ShortMemory(t.EvaluationObserver):
+    """Room for so many tokens at once in Model.forward(), fewer with gradients, and behind them."""
+
+    def __init__(self, monkeypatch, forward: int, with_gradients: int, backward: int):
+        self.said = []  # how many rows there was room for
+        self.scored = []
+        self.learnt = []
+        forward_of = t.Model.forward
+        backward_of = t.Branches.add_gradients
+
+        def run(model, tokens, *arguments):
+            hidden = forward_of(model, tokens, *arguments)
+            most = with_gradients if torch.is_grad_enabled() else forward
+            if tokens.numel() > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return hidden
+
+        def go_back(branches, nats):
+            backward_of(branches, nats)  # which leaves gradients behind
+            if nats.numel() > backward:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        monkeypatch.setattr(t.Model, "forward", run)
+        monkeypatch.setattr(t.Branches, "add_gradients", go_back)
+
+    def on_short_memory(self, rows: int) -> None:
+        """Keeps what was said."""
+        self.said.append(rows)
+
+    def on_score(self, excerpt, scored, nats) -> None:
+        """Keeps which targets were scored, with their nats."""
+        self.scored += zip(excerpt.positions[scored], nats.numpy()[scored], strict=True)
+
+    def on_train(self, excerpt) -> None:
+        """Keeps which targets are learnt from."""
+        self.learnt += excerpt.positions.flatten().tolist()
+
+
+ENOUGH = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("room", "said"),
+    [
+        ((ENOUGH, ENOUGH, ENOUGH), []),
+        ((ENOUGH, 96, ENOUGH), [3]),
+        ((ENOUGH, ENOUGH, 16), [3, 2]),
+        ((70, 40, 8), [3, 2, 1]),
+        ((32, 32, 8), [3, 2, 1]),
+    ],
+    ids=["enough", "graph", "backward", "all", "one document"],
+)
+def test_documents_are_read_in_parts_where_memory_is_short(monkeypatch, room, said):
+    """With the same scores, each made once, and lessons of as many targets."""
+    settings = documents(ttt_lora_slots=6)
+    model = random_model(settings)
+    tokens = stream_of(LENGTHS)
+    usual = evaluate(model, settings, tokens)
+    memory = ShortMemory(monkeypatch, *room)
+    score = evaluate(model, settings, tokens, observer=memory)
+    assert memory.said == said
+    np.testing.assert_allclose(score.nats, usual.nats, atol=2e-6)
+    assert sorted(place for place, _ in memory.scored) == list(range(len(tokens) - 1))
+    assert all(score.nats[place] == nats for place, nats in memory.scored)
+    frozen = evaluate(model, with_settings(settings, ttt_enabled=False), tokens)
+    assert np.abs(usual.nats - frozen.nats).max() > 1e-2  # or lessons that were lost would pass
+    assert len(memory.learnt) == len(set(memory.learnt)) > 100
+
+
+@pytest.mark.parametrize("mode", ["plain", "sliding"])
+def test_windows_are_read_in_parts_where_memory_is_short(monkeypatch, mode):
+    settings = tiny(eval_mode=mode, ttt_enabled=False, compile="off")
+    model = random_model(settings)
+    tokens = stream_of(LENGTHS)
+    usual = evaluate(model, settings, tokens)
+    memory = ShortMemory(monkeypatch, 2 * settings.train_seq_len, 0, 0)
+    score = evaluate(model, settings, tokens, observer=memory)
+    assert memory.said[-1] == 2, memory.said
+    np.testing.assert_allclose(score.nats, usual.nats, atol=2e-6)
+    assert sorted(place for place, _ in memory.scored) == list(range(len(tokens) - 1))
+
+
+@pytest.mark.parametrize("mode", ["plain", "documents"])
+def test_where_a_single_row_is_too_much_the_lack_of_memory_is_an_error(monkeypatch, mode):
+    settings = tiny(eval_mode=mode, compile="off")
+    memory = ShortMemory(monkeypatch, 7, 7, 7)
+    with pytest.raises(torch.OutOfMemoryError, match="a single row"):
+        evaluate(random_model(settings), settings, stream_of(LENGTHS), observer=memory)
+    assert memory.said[-1] == 1
+
+
+def test_a_log_says_that_memory_was_short():
+    lines = []
+    validation = validation_set(stream_of(LENGTHS))
+    for what, *rows in (("evaluation", "documents"), ("evaluation", "windows"), ("plain windows",)):
+        t.ScoringProgress(lines.append, what, validation, SOLO, *rows).on_short_memory(8)
+    assert lines == [
+        "warning: evaluation: memory has room for 8 documents at once, from now on",
+        "warning: evaluation: memory has room for 8 windows at once, from now on",
+        "warning: plain windows: memory has room for 8 windows at once, from now on",
+    ]
+
+
 @pytest.mark.parametrize("mode", ["sliding", "documents"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_progress_rises_to_the_whole_text(mode, world_size):

@@ -896,6 +896,21 @@ def test_what_is_read_back_is_bit_equal_to_what_was_quantized(
     assert all(torch.equal(p, dequantized(stored, name)) for name, p in loaded.named_parameters())
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["vector", "steps"])
+def test_an_artifact_with_numbers_that_are_not_finite_is_refused(tmp_path, number, kind):
+    """Its score was nan, and the run's status 0."""
+    settings = tiny()
+    model = random_model(settings)
+    stored = exported(model, settings)
+    matrices = t.grid_limits(model)
+    name = next(n for n, _ in model.named_parameters() if (n in matrices) == (kind == "steps"))
+    stored[name].flatten()[0] = number
+    (tmp_path / "a").write_bytes(t.pack_artifact(settings, stored))
+    with pytest.raises(t.UserError, match=f"{name} has numbers that are not finite"):
+        t.load_model(tmp_path / "a", tiny(), set(), SOLO)
+
+
 def test_an_artifact_replaces_the_old_one_whole(tmp_path):
     path = tmp_path / "new" / "a"
     t.write_whole(path, b"one")

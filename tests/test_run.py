@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -1025,6 +1026,17 @@ def test_a_damaged_or_contradicted_artifact_ends_in_one_line(
     assert "MODEL_DIM=64 contradicts the artifact, which has 32" in mistake(
         monkeypatch, capsys, wrong
     )
+
+
+def test_a_score_that_is_no_number_is_an_error(monkeypatch, capsys, trained, shards, tmp_path):
+    """It was claimed, with status 0."""
+    usual = t.Model.nats
+    monkeypatch.setattr(t.Model, "nats", lambda *arguments: usual(*arguments) * math.nan)
+    environment = run_environment(shards, tmp_path, eval_only=True, artifact=trained.artifact)
+    said = mistake(monkeypatch, capsys, environment | {"RUN_ID": "nan"})
+    assert "the score is nan: numbers overflow in PRECISION=auto, or training diverged" in said
+    (log,) = tmp_path.rglob("nan.eval.jsonl")
+    assert [record["event"] for record in t.read_records(log)][-1] == "error"
 
 
 def test_shards_of_another_tokenizer_are_not_trained_on(

@@ -819,6 +819,13 @@ def test_what_bits_cannot_be_compared_with_is_told_in_a_line(monkeypatch, capsys
     assert re.search(f"error: .*{said}$", line), line
 
 
+def test_no_loop_leaves_its_variables_among_the_scripts_globals():
+    """A local that is misspelt as such a global would be no error."""
+    plain = str | int | float | tuple | list | dict | set | None
+    left = [name for name, x in vars(t).items() if name.islower() and isinstance(x, plain)]
+    assert {name for name in left if not name.startswith("__")} <= {"tqdm", "triton"}
+
+
 def test_the_largest_settings_overflow_nothing():
     changes = {"model_dim": 2**16, "num_heads": 8, "mamba_expand": 2.0**16, "mlp_mult": 2.0**16}
     settings = t.Settings(**changes, bigram_vocab_size=2**20, bigram_dim=2**16, num_layers=9)

@@ -44,7 +44,7 @@ def shared_model(settings: t.Settings, seed: int = 0, tokens=None) -> tuple[t.Mo
     tokens = random_tokens(32, 32, seed=seed) if tokens is None else tokens
     hessians, energies = t.collect_costs(model, tokens.split(8), SOLO, with_energies=True)
     factors = {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
-    model.row_costs = t.find_row_costs(model, factors, energies)
+    model.row_costs = t.find_row_costs(factors, energies)
     model.grid_factors = t.find_grid_factors(model, settings)
     return model, factors
 
@@ -138,7 +138,7 @@ def test_factors_are_1_in_the_mean_and_leave_embeddings_alone():
     model, tokens = uneven_model(settings), random_tokens(16, 32)
     hessians, energies = t.collect_costs(model, tokens.split(8), SOLO, with_energies=True)
     known = {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
-    model.row_costs = t.find_row_costs(model, known, energies)
+    model.row_costs = t.find_row_costs(known, energies)
     factors = t.find_grid_factors(model, settings)
     assert factors.keys() == model.linear_layers().keys()
     logs = [
