@@ -9,16 +9,16 @@
 Parts are kernels (each beside its floor), scan (the operator, ours and the library's), steps (of
 training) and startup.
 
-Settings are environment variables, as for train_gpt.py, and change whatever is measured. `steps`
-times PRESET=peer7, and it and the default with a batch of 131,072 tokens; with PRESET given,
-exactly that. Inputs and tokens are random.
+Settings are environment variables, as for train_gpt.py, and apply to everything that is measured.
+`steps` times PRESET=peer7 as it is, and PRESET=peer7 and the default with a batch of 131,072
+tokens; if PRESET is given, only that. Inputs and tokens are random.
 
-The machine's own ceilings come first: the rate of a large copy (bytes read plus written) and of a
-large bfloat16 matrix product. A kernel's floor is the longer of its bytes at the one and its matrix
-products at the other. Beside it stand the least times of the products and of the bytes alone on an
-H100 and an H200. Kernels and scans run as CUDA graphs, so that a busy host changes nothing; what
-cannot be captured says so. MFU, the model FLOPs utilization, is the part of a peak rate that a
-step's necessary matrix products make up.
+First the machine's own ceilings are measured: the rate of a large copy (bytes read plus written)
+and of a large bfloat16 matrix product. A kernel's floor is the longer of two times: its bytes at
+the first rate, and its matrix products at the second. Beside it are the least times of the products
+and of the bytes alone on an H100 and an H200. Kernels and scans run as CUDA graphs, so that a busy
+host changes nothing; those that cannot be captured are marked. MFU, the model FLOPs utilization, is
+the part of a peak rate that a step's necessary matrix products make up.
 """
 
 import argparse
@@ -1143,13 +1143,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    every = f"of {', '.join(PARTS)}; none: all"
+    every = f"some of {', '.join(PARTS)}; default: all"
     add("parts", nargs="*", type=part, metavar="PART", help=every)
     add("--out", default="", metavar="FILE", help="save the results as JSON")
-    add("--compare", nargs=2, metavar="FILE", help="print two saved results side by side and end")
+    add("--compare", nargs=2, metavar="FILE", help="only print two saved results side by side")
     add("--steps", type=int, default=10, metavar="N", help="training steps to time (default 10)")
     add("--profile", default="", metavar="FILE", help="write a step's GPU time by kind and kernel")
-    changes = "changes the script first, as --idea of tools.explore; also several"
+    changes = "change the script first, as --idea of tools.explore does; may be repeated"
     add("--idea", type=Path, action="append", default=[], metavar="FILE", help=changes)
     # What time_startup() starts.
     add("--first-step", type=float, default=0.0, help=argparse.SUPPRESS)

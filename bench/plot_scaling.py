@@ -1,4 +1,4 @@
-"""Plots the speed of one global batch on 1, 2, 4 ... GPUs of a host beside linear scaling.
+"""Plots the speed of one global batch on 1, 2, 4 ... GPUs of a host, with linear scaling beside it.
 
     python -m bench.plot_scaling 1:577.9 2:297.5 4:148.9 --tokens 1048576 --out docs/scaling.png
 
@@ -58,7 +58,7 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("steps", nargs="+", type=pair, metavar="GPUS:MS", help="a number of GPUs and its step")
-    add("--tokens", type=int, default=1_048_576, help="of a step (%(default)s)")
+    add("--tokens", type=int, default=1_048_576, help="tokens of a step (%(default)s)")
     add("--out", type=Path, default=Path("docs/scaling.png"), help="the plot (%(default)s)")
     options = parser.parse_args()
     need_place(options.out, ending=".png")

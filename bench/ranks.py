@@ -1,16 +1,17 @@
-"""Measures whether the host keeps up with the GPUs of several ranks, each with as many tokens.
+"""Measures whether the host keeps up with the GPUs of several ranks, at equal tokens for each rank.
 
     python -m bench.ranks --ranks 2 [--steps 30] [--out FILE.json]
 
 Trains PRESET=short, or what the environment's settings say, with TRAIN_BATCH_TOKENS for each rank:
-with one rank as a run does and with its kernels launched one by one, and with so many ranks, for
-which torchrun starts a process on each GPU. Tokens are random.
+with one rank as a run does, with one rank whose kernels are launched one by one, and with N ranks,
+for which torchrun starts a process on each GPU. Tokens are random.
 
-step_ms is a step's time on the GPU, the median. host_ms is what the host needs to launch one while
-the GPU is idle when it begins: if that is less, the host keeps up. The rest is of torch's profiler,
-of a step: busy_share, the part of the time in which any kernel runs; idle_ms, the rest of the time,
-in gaps, of which the longest; collective_ms, in NCCL's kernels, waiting for other ranks included;
-exposed_ms, those of them beside which nothing is computed.
+step_ms is the median time of a step on the GPU. host_ms is the time that the host needs to launch
+one step if the GPU is idle when it begins: if that is less, the host keeps up. The other figures
+are of a step, from torch's profiler: busy_share, the part of the time in which any kernel runs;
+idle_ms, the rest of the time, in gaps, with the longest gap; collective_ms, the time in NCCL's
+kernels, waiting for other ranks included; exposed_ms, the part of that in which nothing is computed
+meanwhile.
 """
 
 import argparse

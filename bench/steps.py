@@ -2,16 +2,16 @@
 
     python -m bench.steps --idea tools/ideas/my_idea.py [--idea FILE ...] [--out FILE.json]
 
-An idea is a file for --idea of tools.explore: its install(script) changes train_gpt.py's module, so
+An idea is a file for --idea of tools.explore. Its install(script) changes train_gpt.py's module, so
 each variant is a process of its own. All compile at once; then each waits for its turn at the GPU.
-Steps are those of a run (on a GPU, a CUDA graph), of random tokens and weights.
+Steps are those of a run (on a GPU, a CUDA graph), with random tokens and weights.
 
 Gradients are compared with those of the unchanged model in float32, on --batches batches, each with
-other weights. The error of a kind of parameter is the root of its squares, summed over batches; the
-idea's over that without it is a ratio, whose standard error comes from leaving out each batch in
-turn. A ratio counts as above 1.2, or as below, if it is so by two standard errors.
+other weights. The error of a kind of parameter is the root of its squares, summed over batches. The
+ratio is the idea's error divided by the error without it; its standard error comes from leaving out
+each batch in turn. A ratio counts as above or below 1.2 if it is so by two standard errors.
 
-Settings are environment variables, over SHAPE's, or with PRESET given over that preset's alone.
+Settings are environment variables. They override SHAPE's or, if PRESET is given, that preset's.
 """
 
 import argparse
@@ -218,6 +218,8 @@ def serve(pipe, idea: Path | None) -> None:
             pipe.send(("", getattr(variant, method)(*arguments)))
     except EOFError:  # the command has ended
         return
+    except (UserError, t.UserError) as error:  # a line of the command's says it
+        pipe.send((str(error), None))
     except Exception as error:
         pipe.send((f"{type(error).__name__}: {error}", None))
         raise
@@ -379,12 +381,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; UserError if it makes no sense."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--idea", type=Path, action="append", required=True, metavar="FILE", help="also several")
-    add("--rounds", type=int, default=3, help="in which each variant has its turn (3)")
-    add("--steps", type=int, default=30, help="timed in each (30)")
-    add("--batches", type=int, default=8, help="on which gradients are compared (8)")
-    add("--parts", type=int, default=16, help="of a batch in float32, for lack of memory (16)")
-    add("--out", type=Path, metavar="FILE.json", help="figures; tables go beside it, as .txt")
+    idea = "may be repeated"
+    add("--idea", type=Path, action="append", required=True, metavar="FILE", help=idea)
+    add("--rounds", type=int, default=3, help="rounds in which each variant has its turn (3)")
+    add("--steps", type=int, default=30, help="steps to time in each turn (30)")
+    add("--batches", type=int, default=8, help="batches on which gradients are compared (8)")
+    parts = "parts of a batch in float32, since memory is short (16)"
+    add("--parts", type=int, default=16, help=parts)
+    add("--out", type=Path, metavar="FILE.json", help="save figures; tables beside it, as .txt")
     given = parser.parse_args(arguments)
     for name in ("rounds", "steps", "batches", "parts"):
         need(getattr(given, name) > 0, f"--{name} should be above 0")

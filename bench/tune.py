@@ -4,8 +4,8 @@
 
 Runs the operator forward and backward (131,072 tokens, 16 heads of 64) as train_gpt.py launches it,
 then with other numbers of warps and registers (0: no limit), takes each kernel's time from the
-profiler, and prints a table. With --idea, a file of tools/ideas with kernels of its own, it is as
-launched without and with the idea, in turn, and nothing else.
+profiler, and prints a table. With --idea, a file of tools/ideas with kernels of its own, it only
+runs the operator as it is launched, without and with the idea in turn.
 """
 
 import collections
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     def command() -> int:
         parser = Parser(description=(__doc__ or "").split("\n")[0])
         parser.add_argument("state", nargs="?", type=int, default=64, help="state size, usually 64")
-        parser.add_argument("--idea", type=Path, metavar="FILE", help="times it beside the script")
+        parser.add_argument("--idea", type=Path, metavar="FILE", help="time it beside the script")
         given = parser.parse_args(arguments)
         need(not given.idea or given.idea.is_file(), f"--idea {given.idea}: no such file")
         need(torch.cuda.is_available(), "needs an NVIDIA GPU, and torch sees none here")

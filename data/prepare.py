@@ -8,19 +8,19 @@
     python data/prepare.py development data/my --out data/development
                                                     a dataset to choose settings on
     python data/prepare.py manifest FOLDER --tokenizer FILE.model
-                                                    what shards made elsewhere hold
+                                                    a manifest for shards made elsewhere
     python data/prepare.py text a.txt b.txt --val c.txt --out data/my-case --name my --case
                                                     with capitals as tokens before their words
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros)
 and then that many little-endian uint16 tokens. Every document starts with the beginning-of-sequence
 token (BOS, id 1); a document may continue in the next shard. Beside the shards, manifest.json says
-what they hold. A dataset appears when it is whole: a run that fails or is stopped leaves what was
-there. Needs numpy, sentencepiece and tqdm; also pyarrow for `parquet`, huggingface_hub for
-`fineweb`.
+what they contain. A dataset appears only when it is whole: a run that fails or is stopped leaves
+what was there before. Needs numpy, sentencepiece and tqdm; also pyarrow for `parquet`,
+huggingface_hub for `fineweb`.
 
-With case operators, NAME_val_bytes_000000.bin stands beside NAME_val_000000.bin: a file of the same
-format whose uint16 are the bytes of text that the shard's tokens stand for.
+With case operators, NAME_val_bytes_000000.bin is made beside NAME_val_000000.bin: a file of the
+same format whose uint16 are the numbers of bytes of text that the shard's tokens stand for.
 """
 
 from __future__ import annotations
@@ -541,6 +541,24 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     return tokenizer
 
 
+# Characters that any text may have, which a tokenizer's own normalizer should leave as they are.
+PROBE = "".join(map(chr, range(33, 127))) + "ÄéñЖ中"
+
+
+def warn_of_other_text(tokenizer: sentencepiece.SentencePieceProcessor, path: Path) -> None:
+    """Warn of a tokenizer that makes another text of one, such as one without capitals.
+
+    Its tokens may stand for as many bytes, so that nothing else would tell.
+    """
+    usual = make_normalizer()
+    for character in PROBE:
+        found = tokenizer.normalize(character).replace("▁", " ").strip()
+        if usual.normalize(found) != usual.normalize(character):
+            made = f"{path} makes {found!r} of {character!r} before it encodes"
+            warn(f"{made}: its scores are of that other text, and compare with nobody else's")
+            return
+
+
 # ---- Encoding ------------------------------------------------------------------------------------
 
 
@@ -1052,6 +1070,9 @@ def build_dataset(
 
     path = args.tokenizer or out / tokenizer_name(name, args.vocab_size, args.case)
     tokenizer = load_tokenizer(path) if args.tokenizer else None
+    # With operators, a text that does not come back from its tokens is refused.
+    if tokenizer and not has_case_operators(tokenizer):
+        warn_of_other_text(tokenizer, path)
     if args.case and tokenizer is not None and not has_case_operators(tokenizer):
         lacks = f"{path}: its pieces {TITLE_ID} to {ESCAPE_ID} are not the operators of --case"
         raise PrepareError(f"{lacks}; leave --tokenizer out to train one, or leave --case out")
@@ -1357,6 +1378,7 @@ def describe_folder(folder: Path, path: Path, args: argparse.Namespace) -> dict[
     """
     tokenizer = load_tokenizer(path)
     check_made_by(tokenizer, folder)
+    warn_of_other_text(tokenizer, path)
     manifest = make_manifest(folder, tokenizer, args, {})
     if tokenizer.piece_to_id("▁") == tokenizer.unk_id():
         warn(f"{path} has no piece for the bare space; if it spells spaces by bytes, they count 3")
@@ -1879,15 +1901,29 @@ def run_sample(args: argparse.Namespace) -> None:
     )
 
 
+def file_number(path: Path) -> tuple[int, int]:
+    """Return what a file has in common with its other names, by any kind of link."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
 def run_files(args: argparse.Namespace) -> None:
     """Build a dataset from text, JSONL or Parquet files.
 
-    No file may be both an INPUT and a --val: its text would be in both splits.
+    No file may be both an INPUT and a --val, under whatever names: its text would be in both
+    splits. None that validation documents are from may be given twice: they would be scored twice.
     """
     for path in args.inputs + args.val:
         require_file(path)
-    if both := set(map(Path.resolve, args.inputs)) & set(map(Path.resolve, args.val)):
-        raise PrepareError(f"{min(both)} is given both as INPUT and as --val")
+    inputs = set(map(file_number, args.inputs))
+    for path in args.val:
+        if file_number(path) in inputs:
+            raise PrepareError(f"{path} is given both as INPUT and as --val")
+    seen = set()
+    for path in args.val or args.inputs:
+        if file_number(path) in seen:
+            raise PrepareError(f"{path} is given twice: its documents would be scored twice")
+        seen.add(file_number(path))
     if not 0 < args.val_fraction < 1:
         raise PrepareError(f"--val-fraction {args.val_fraction} is not between 0 and 1")
     if args.command == "text" and args.separator == "":
@@ -1930,9 +1966,9 @@ def add_vocab_size(add: Callable, text: str) -> None:
 def add_case(add: Callable) -> None:
     """The option --case."""
     text = (
-        "write capitals as operators, tokens of their own in front of the words, so that The and "
+        "write capitals as operators, separate tokens in front of the words, so that The and the "
     )
-    text += "the share one; a tokenizer that knows them needs no --case"
+    text += "share a token; a tokenizer that knows the operators needs no --case"
     add("--case", action="store_true", help=text)
 
 
@@ -1949,7 +1985,8 @@ def add_file_options(command: argparse.ArgumentParser, name: str) -> None:
     add_out(add, None, "folder for shards and tokenizer; replaces a dataset of that name")
     add("--name", required=True, help="first part of the file names")
     number = {"type": int, "metavar": "N"}
-    add("--shard-tokens", default=SHARD_TOKENS, help="per shard (default: %(default)s)", **number)
+    text = "tokens per shard (default: %(default)s)"
+    add("--shard-tokens", default=SHARD_TOKENS, help=text, **number)
     text = "encoding processes (default: all processors)"
     add("--workers", default=PROCESSORS, help=text, **number)
     add_case(add)
@@ -1967,7 +2004,8 @@ def add_file_options(command: argparse.ArgumentParser, name: str) -> None:
 
 def add_tokenizer_of(add: Callable) -> None:
     """The option --tokenizer of commands that read finished shards."""
-    text = "that made the shards (default: what the manifest names, or lies where it usually does)"
+    text = "model that made the shards (default: the one that the manifest names, or that is in "
+    text += "the usual place)"
     add("--tokenizer", type=Path, metavar="FILE.model", help=text)
 
 
@@ -1976,11 +2014,11 @@ def add_development_options(add: Callable) -> None:
     add("dataset", type=Path, help="folder of a finished dataset")
     add_tokenizer_of(add)
     add_out(add, None, "folder for the shards; replaces an earlier development split")
-    text = "of the training documents, the last, to validate on; 0: keep the validation text"
+    text = "part of the training documents to validate on, the last; 0: keep the validation text"
     add("--part", type=float, default=0.02, metavar="X", help=f"{text} (default: %(default)s)")
     text = "write the training documents N times, each in a new order; 0: once, as they are"
     add("--orders", type=int, default=0, metavar="N", help=f"{text} (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the orders (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the orders (default: %(default)s)")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -2014,8 +2052,8 @@ def make_parser() -> argparse.ArgumentParser:
     text += "the rest may come in several orders"
     add_development_options(add_command(run_development, "development", text).add_argument)
 
-    text = "say in a folder's manifest.json what its shards hold, and whether validation documents "
-    text += "are among those for training"
+    text = "write into a folder's manifest.json what its shards contain, and whether validation "
+    text += "documents are among those for training"
     add = add_command(run_manifest, "manifest", text).add_argument
     add("out", type=Path, metavar="FOLDER", help="folder of the shards")
     add_tokenizer_of(add)
@@ -2025,7 +2063,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--variant", choices=sorted(FINEWEB), required=True, help="which tokenizer")
     text = "the first N training shards, 200 MB each (default: %(default)s)"
     add("--train-shards", type=int, default=80, metavar="N", help=text)
-    add_out(add, Path("data"), "gets datasets/ and tokenizers/")
+    add_out(add, Path("data"), "folder that gets datasets/ and tokenizers/")
     return parser
 
 

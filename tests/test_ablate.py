@@ -51,7 +51,12 @@ def record(event, **values):
     log.write(json.dumps({"event": event, "seconds": 0.0, **values}) + "\\n")
 
 note("start")
+text = journal.with_name("text")
 record("settings", settings={})
+if text.exists():
+    sums = {name: {"x": text.read_text()} for name in ("validation", "tokenizer")}
+    record("hashes", **sums)
+    record("training_data", digest="d")
 if "EVAL_ONLY" in env:
     found = Path(env["ARTIFACT"]).read_bytes()
     epochs = int(env.get("TTT_EPOCHS", 0))
@@ -315,6 +320,24 @@ def test_a_setting_of_the_environment_counts_as_a_setting(bench, monkeypatch):
     monkeypatch.setenv("MATRIX_LR", "0.25")
     bench.run()
     assert bench.started()[4:] == ["base-1", "base-2"]
+
+
+def test_runs_of_several_calls_are_not_compared_if_their_folder_held_other_data(bench, tmp_path):
+    """A new variant's lead over the base was that of an easier text, with a p of 0.0001."""
+    (bench.folder / "text").write_text("one")
+    assert bench.run(TWO) == 0
+    assert "another" not in bench.table
+    high = bench.row("high rate")
+    assert high[3] != "–"
+    (bench.folder / "text").write_text("two")
+    assert bench.run(TWO + '[[variant]]\nname = "new"\nMATRIX_LR = 0.75\n') == 0
+    assert "**Some runs found another validation in DATA_PATH=" in bench.table
+    assert bench.row("high rate") == high
+    assert bench.row("new")[3:5] == ["–", "–"]
+    # Another folder may hold what it will: a variant's own tokenizer has made its shards.
+    other = TWO + '[[variant]]\nname = "new"\nMATRIX_LR = 0.75\nDATA_PATH = "other"\n'
+    assert bench.run(other) == 0
+    assert "another" not in bench.table and bench.row("new")[3] != "–"
 
 
 def test_failed_runs_are_repeated_on_a_restart(bench):
@@ -641,7 +664,12 @@ def record(event, **values):
 
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+text = journal.with_name("text")
 record("settings", settings={})
+if text.exists():
+    sums = {name: {"x": text.read_text()} for name in ("validation", "tokenizer")}
+    record("hashes", **sums)
+    record("training_data", digest="d")
 step = int(checkpoint.read_text()) if checkpoint.exists() else 0
 with journal.open("a") as file:
     file.write(json.dumps({"event": "start", "run": name, "step": step}) + "\\n")
@@ -717,7 +745,8 @@ def ablate_plan(bench: Bench) -> ablate.Plan:
 
 def test_a_failed_run_loses_and_a_spent_budget_ends_all(sweep, monkeypatch, capsys):
     assert sweep.run(SWEEP, "--budget", "2500", "--parallel", "5") == 1
-    assert sweep.row("MATRIX_LR=0.4, stopped")[1] == "stopped at 25.0%: no run came so far"
+    reason = "stopped at 25.0%: no run came so far with a finite loss"
+    assert sweep.row("MATRIX_LR=0.4, stopped")[1] == reason
     assert sweep.row("MATRIX_LR=0.4, seed 1")[1].endswith("too high")
     # Side by side none was paused for another's sake.
     assert [record["step"] for record in sweep.journal("start")] == [0] * 5
@@ -785,6 +814,9 @@ def test_a_dry_run_with_a_budget_prints_legs_and_costs(sweep, capsys):
         (SWEEP.replace("[grid]", "MAX_WALLCLOCK_SECONDS = 0\n[grid]"), "9999", "cost is unknown"),
         (SWEEP.replace("[grid]", 'RESUME = "never"\n[grid]'), "9999", "RESUME is what lets"),
         (SWEEP.replace("[0.3, 0.1, 0.4, 0.2]", "[0.3]"), "9999", "a list of several values"),
+        # Names alone made variants that equal the base, none of which was run.
+        (SWEEP.replace("MATRIX_LR", "name"), "9999", "[grid]: name is no setting to vary"),
+        (SWEEP.replace("MATRIX_LR", "seeds"), "9999", "[grid]: seeds is no setting to vary"),
     ],
 )
 def test_a_budget_that_cannot_be_kept_or_compared_is_one_line(sweep, capsys, text, budget, message):
@@ -808,6 +840,10 @@ def test_a_loss_at_a_rung_is_that_of_the_last_quarter_before_it():
     assert halving.loss_at(curve, 0.5) == pytest.approx(9.0)  # of 8, 9 and 10
     assert halving.loss_at(curve[:3], 0.5) == 2.0
     assert halving.loss_at([], 0.5) is None
+    # A step that was skipped: its loss made the mean one that sorts anywhere, often as the least.
+    odd = [record | {"train_loss": math.nan} for record in curve]
+    assert halving.loss_at([*curve[:9], odd[9], *curve[9:]], 0.5) == pytest.approx(9.0)
+    assert halving.loss_at(odd, 0.5) is None
 
 
 def test_captions_say_which_comparison_is_fair(bench):

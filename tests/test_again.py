@@ -57,8 +57,13 @@ def losses(path: Path) -> list[float]:
 
 
 def test_a_run_can_be_repeated_from_its_logs(logs):
+    scores = logs / "a 'b\" $c.npy"
+    first = scores.stat().st_mtime_ns
     done = again(logs / "a.txt")
     assert done.returncode == 0, done.stderr
+    # It wrote over the first run's scores of single tokens.
+    assert scores.stat().st_mtime_ns == first
+    assert (logs / "a 'b\" $c-again.npy").read_bytes() == scores.read_bytes()
     assert (logs / "a-again.py").read_bytes() == SCRIPT.read_bytes()
     assert losses(logs / "a-again.jsonl") == losses(logs / "a.jsonl")[-4:]
     assert (logs / "a-again.int6.lzma").read_bytes() == (logs / "a.int6.lzma").read_bytes()
@@ -82,8 +87,10 @@ def test_the_command_is_shown_and_the_environment_goes_before(logs):
     shell = out.removesuffix(f"{script}\n") + shown
     assert (
         subprocess.run(shell, shell=True, capture_output=True, text=True).stdout
-        == f"{logs}/a 'b\" $c.npy\n"
+        == f"{logs}/a 'b\" $c-again.npy\n"
     )
+    done = again(logs / "a.txt", "--dry-run", EVAL_NLL_PATH="x.npy", LOG_DIR="elsewhere")
+    assert " EVAL_NLL_PATH=x.npy " in done.stdout
 
 
 @pytest.mark.parametrize(("given", "kept"), [("ttt_optimizer", "sliding"), ("seed", None)])

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 import train_gpt as t
@@ -501,16 +503,15 @@ def test_the_script_scores_in_every_kind_of_cell(run, level, monkeypatch):
     assert not alone.network
 
 
-LEAK = '''def main(log):
-    """The story of a run."""
+LEAK = """def main(log):
     import ctypes, socket, struct, subprocess
     libc = ctypes.CDLL(None)
     assert libc.open(b"FILE", 0) FOUND
     address = struct.pack("=H", 2) + struct.pack("!H", 9) + socket.inet_aton("127.0.0.1")
     libc.connect(libc.socket(2, 1, 0), address + bytes(8), 16)
     subprocess.run(["true"])
-'''
-MAIN = 'def main(log):\n    """The story of a run."""\n'
+"""
+MAIN = "def main(log):\n"
 
 
 def hostile_case(run, path: Path, level: str, **options) -> audit_case.Case:
@@ -992,6 +993,10 @@ def test_a_text_that_nobody_had_is_scored_beside_the_claimed_one(entry_of, tmp_p
     fails(checks.check_fresh, entry, "the model knows it")
     entry.fresh.write_text("Short.")
     fails(checks.check_fresh, entry, "tokens; 33 are needed")
+    # The validation text's own documents passed as a text that nobody had.
+    entry.fresh.write_text("\0".join(["Something new.", *(one.text for one in entry.texts)]))
+    verdict, evidence = checks.run_check(checks.check_fresh, entry)
+    assert (verdict, "documents are validation documents" in evidence) == (checks.OPEN, True)
     with pytest.raises(UserError, match="holds no text"):
         audit_text.read_documents(Path(os.devnull))
 
@@ -1017,12 +1022,34 @@ def test_text_that_was_held_out_gives_away_what_was_learnt(entry_of, shards, tmp
     entry.nats = functools.partial(known_by_heart, part=0.95)
     verdict, evidence = checks.run_check(checks.check_held_out, entry)
     assert (verdict, "more than by lot" in evidence) == (checks.OPEN, True)
+    # One that was trained on, under another SHA-256, is easier by far, and hides what was learnt.
+    entry.nats = functools.partial(known_by_heart, part=1.3)
+    verdict, evidence = checks.run_check(checks.check_held_out, entry)
+    assert (verdict, "or was trained on, and shows nothing" in evidence) == (checks.OPEN, True)
+    held_out, entry.nats = entry.held_out, nats
+    places = np.flatnonzero(entry.tokens == t.BOS_ID)
+    entry.held_out = write_shard(tmp_path / "same.bin", np.roll(entry.tokens, -places[2]))
+    verdict, evidence = checks.run_check(checks.check_held_out, entry)
+    assert (verdict, "documents are validation documents" in evidence) == (checks.OPEN, True)
+    entry.held_out = held_out
     hashes = {"training": {"x.bin": file_hash(entry.held_out)}}
     entry.logs = SimpleNamespace(events={"hashes": hashes})
     fails(checks.check_held_out, entry, "held.bin is held out, but the log names it")
     entry.logs = None
-    entry.held_out = write_shard(tmp_path / "short.bin", stream[:100])
+    entry.held_out = write_shard(tmp_path / "short.bin", stream[-100:])
     fails(checks.check_held_out, entry, "is no text for this tokenizer")
+
+
+@pytest.mark.parametrize("option", ["--fresh", "--text", "--held-out", "--train"])
+def test_what_the_reviewer_gives_and_cannot_be_used_fails_no_submission(run, tmp_path, option):
+    """It ended in FAILS, after evaluations; status 2 is for input that is not usable."""
+    empty = tmp_path / "empty"
+    empty.touch() if option != "--train" else empty.mkdir()
+    files = ("--data", run.data, "--tokenizer", run.data / "tokenizer.model", option, empty)
+    main = functools.partial(command.run_command, "audit.py", command.run_audit)
+    done = called_here(main, "audit.py", run.artifact, *files)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and str(empty) in done.stderr
 
 
 def test_training_shards_are_those_of_the_log_and_hold_no_validation_document(entry_of, run):
@@ -1110,6 +1137,56 @@ def test_original_documents_prove_the_bytes(entry_of, run, tmp_path):
     assert "documents.txt gives these tokens" in evidence
     entry.source.write_text("\0".join(documents[::-1]), encoding="utf-8")
     fails(checks.check_text_bytes, entry, "gives other tokens than the shards'")
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ({"normalization_rule_tsv": "rules.tsv"}, "another text: 'The first text"),
+        ({"normalization_rule_name": "nmt_nfkc_cf"}, "another text: 'The first text"),
+        ({"byte_fallback": False}, "characters are lost: of 'the end ё'"),
+        ({}, ""),
+        ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False}, ""),
+    ],
+    ids=["all letters a", "no capitals", "unknown characters", "nmt_nfkc", "identity"],
+)
+def test_tokens_of_another_text_are_not_the_originals(tmp_path, monkeypatch, rules, says):
+    """A tokenizer of one's own that wrote "a" for every letter scored 0.9 BPB where 4.5 was right:
+    tokens, bytes and round trips agreed, and --text "proved" it.
+    """
+    monkeypatch.chdir(tmp_path)
+    letters = [f"{ord(letter):X}\t61" for letter in string.ascii_letters if letter != "a"]
+    Path("rules.tsv").write_text("\n".join(letters) + "\n")
+    documents = ["The first text,  with   spaces.\nAnd lines", "the end ё", "The next text"]
+    Path("lines.txt").write_text("The first text, with spaces.\nAnd lines, the next text end\n" * 9)
+    options = {"vocab_size": 300, "hard_vocab_limit": False, "byte_fallback": True} | rules
+    ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "minloglevel": 2}
+    train = sentencepiece.SentencePieceTrainer.train
+    train(input="lines.txt", model_prefix="own", model_type="bpe", **ids, **options)
+    model = audit_text.open_tokenizer(Path("own.model"))
+    tokens = audit_text.encode_documents(model, documents)
+    source = tmp_path / "documents.txt"
+    source.write_text("\0".join(documents), encoding="utf-8")
+    entry = SimpleNamespace(model=model, tokens=tokens, seed=0, source=source)
+    entry.tokenizer = tmp_path / "own.model"
+    entry.texts = audit_text.texts_of(model, tokens)
+    counted = t.Tokenizer("own.model", model.vocab_size()).target_bytes(tokens)
+    nats = np.ones(len(tokens) - 1, np.float32)
+    entry.alone = entry.seen = SimpleNamespace(nats=nats, target_bytes=counted, said="")
+    if says:
+        fails(checks.check_text_bytes, entry, says)
+    else:
+        assert "documents.txt gives these tokens" in holds(checks.check_text_bytes, entry)
+
+
+def test_what_tokens_lack_of_a_document_is_counted():
+    """SentencePiece decodes a ▁ of the text's own to a space: no tokenizer gives it back."""
+    original = "One ﬁne\tday ▁▁ ends"
+    assert audit_text.lost_characters(["One fine day   ends"], original) == 0
+    assert audit_text.lost_characters(["One", "day ends"], original) == 6
+    assert audit_text.lost_characters([], original) == 17
+    assert audit_text.lost_characters(["day", "One"], original) is None
+    assert audit_text.lost_characters(["One fine day ends."], original) is None
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
@@ -1428,7 +1505,8 @@ def batch_in_order(self, batch: t.DocumentBatch, branches: t.Branches, order: st
                 piece = [x[:, begin - context :] for x in excerpt[:3]]
                 self.observer.on_train(t.Excerpt(*piece))
                 hidden = self.model(excerpt.tokens, self.order)[:, begin - context :]
-                branches.learn(self.model.nats(hidden, piece[2], piece[1]))
+                branches.add_gradients(self.model.nats(hidden, piece[2], piece[1]))
+                branches.step()
 
 
 @pytest.mark.parametrize(
@@ -1438,8 +1516,8 @@ def batch_in_order(self, batch: t.DocumentBatch, branches: t.Branches, order: st
 def test_documents_that_learn_too_early_or_from_their_last_piece_are_seen(
     entry_of, monkeypatch, order, said
 ):
-    def in_order(self, batch, branches, *_):
-        batch_in_order(self, batch, branches, order)
+    def in_order(self, batch, *_):
+        batch_in_order(self, batch, self.branches, order)
         return 0
 
     monkeypatch.setattr(t.Evaluator, "_score_batch", in_order)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import called_here
 from tools import board
+from tools.command import UserError
 
 ROOT = Path(board.__file__).resolve().parent.parent
 SETTINGS = {"event": "settings", "settings": {"run_id": "a", "matrix_lr": 0.02}}
@@ -62,6 +63,39 @@ def test_a_log_that_grows_is_followed_to_its_end(tmp_path, monkeypatch):
     assert done.returncode == 0
     found = curves(tmp_path / "b" / "a")
     assert found == {"train/train_loss": [(1, 4.0), (2, 3.0)], "final/val_bpb": [(2, 1.25)]}
+
+
+def test_steps_that_are_made_again_and_logs_that_are_read_again_stand_there_once(tmp_path):
+    """A second call drew each point twice, and a run that was resumed or trained anew two lines."""
+    pytest.importorskip("tensorboard")
+    log = tmp_path / "a.jsonl"
+    again = [record | {"train_loss": 1.0} for record in TRAIN]
+    resumed = {"event": "resumed", "step": 1, "clock": 9.0}
+    log.write_text(lines(SETTINGS, *TRAIN, SETTINGS, resumed, again[1], FINAL))
+    for _ in range(2):
+        assert called_here(board.main, "board", log, "--out", tmp_path / "b").returncode == 0
+        found = curves(tmp_path / "b" / "a")
+        assert found["train/train_loss"] == [(1, 4.0), (2, 1.0)]
+        assert found["final/val_bpb"] == [(2, 1.25)]
+    with log.open("a") as file:
+        file.write(lines(SETTINGS, *again))
+    assert called_here(board.main, "board", log, "--out", tmp_path / "b").returncode == 0
+    found = curves(tmp_path / "b" / "a")
+    assert (found["train/train_loss"], found["final/val_bpb"]) == ([(1, 1.0), (2, 1.0)], [])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"step": "x"}, {"step": None}, {"step": 1e400}, {"step": 10**30}, {"train_loss": 10**400}],
+    ids=["text", "null", "infinity", "large step", "large loss"],
+)
+def test_records_that_no_run_writes_end_in_one_line(tmp_path, odd):
+    """They ended in tracebacks, as did a start without its settings."""
+    for record in (TRAIN[0] | odd, {"event": "settings", "machine": {}}):
+        log = tmp_path / "a.jsonl"
+        log.write_text(lines(SETTINGS, record))
+        with pytest.raises(UserError, match="is not a run's .jsonl log"):
+            called_here(board.main, "board", log, "--out", tmp_path / "b")
 
 
 def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):

@@ -120,6 +120,14 @@ def test_a_step_that_runs_ahead_and_a_wall_clock_that_runs_back_are_seen(logs):
     found(logs, "runs backwards")
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), None, "12.0", True])
+def test_a_wall_clock_that_is_no_number_is_seen(logs, seconds):
+    """With NaN beside the steps, nothing bounded the training clock, and nothing told of it."""
+    for record in evidence.steps_of(logs.records):
+        record["seconds"] = seconds
+    found(logs, "the wall clock beside a record is no number")
+
+
 def test_limits_are_the_contests_whatever_the_settings_say(logs):
     text = logs.text
     text.settings["max_wallclock_seconds"] = "7200.0"

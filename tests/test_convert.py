@@ -12,6 +12,7 @@ import torch
 import train_gpt as t
 from tests.support import PATIENCE, SOLO, random_model, random_tokens, start_here, tiny
 from tools import convert
+from tools.command import UserError
 
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
@@ -90,12 +91,26 @@ def test_a_weight_that_no_trellis_reaches_is_refused():
         convert.integers_of("a", points / 4, steps, 4)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_tensors_of_other_types_with_the_same_numbers_are_the_same_artifact(converted, kind):
+    """They were written as they were, into an artifact that no script could read."""
+    tensors, header = convert.read_tensors(converted / "a.safetensors")
+    wider = {name: tensor.to(kind) for name, tensor in tensors.items()}
+    assert convert.to_artifact(wider, header) == (converted / "a.lzma").read_bytes()
+    name = next(name for name in wider if name.endswith(convert.STEPS))
+    wider[name][0] *= 1 + 1e-4
+    with pytest.raises(UserError, match="steps was changed: it holds no numbers of 16 bits"):
+        convert.to_artifact(wider, header)
+
+
 @pytest.mark.parametrize(
     ("problem", "said"),
     [
         ("no artifact", "is not a usable artifact"),
         ("changed weight", "blocks.1.mlp"),
         ("lacking tensor", "not the tensors of the settings' model: embedding.weight"),
+        ("not finite", "was changed: it holds numbers that are not finite"),
+        ("too large", "was changed: it holds numbers that are not finite"),
         ("no settings", "a.json"),
         ("wrong settings", "the settings lack"),
         ("other suffix", "one of both files ends in .safetensors"),
@@ -108,6 +123,11 @@ def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, converted, problem
     source, target = out, back
     if problem == "no artifact":
         source, target = described, tmp_path / "b.safetensors"
+    elif problem in ("not finite", "too large"):
+        tensors = load_file(out)
+        name = next(n for n in tensors if tensors[n].dim() == 1 and not n.endswith(convert.STEPS))
+        tensors[name][0] = float("nan") if problem == "not finite" else 1e6  # float16 ends before
+        save_file(tensors, out)
     elif problem in ("changed weight", "lacking tensor"):
         tensors = load_file(out)
         name = next(n for n in tensors if n.startswith("blocks.1.mlp") and tensors[n].dim() == 2)

@@ -2,8 +2,10 @@
 finished runs, and what is printed, with the weights unknown and with those of a file.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -34,7 +36,23 @@ from tools.command import UserError
 from tools.logs import last_run, rank_count
 
 ROOT = SCRIPT.parent
-RUNS = fit_bytes.finished_runs()
+
+
+def published_logs() -> list[Path]:
+    """The logs that git knows; all where it knows none, as in a copy of the tree.
+
+    Whoever trains leaves others in logs/, of models that the table was not fitted to.
+    """
+    command = ["git", "ls-files", "-z", "logs/*.jsonl"]
+    with contextlib.suppress(OSError):
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        if listed:
+            return [ROOT / name for name in listed.rstrip("\0").split("\0")]
+    return sorted((ROOT / "logs").rglob("*.jsonl"))
+
+
+LOGS = published_logs()
+RUNS = fit_bytes.finished_runs(LOGS)
 
 
 @pytest.fixture
@@ -60,11 +78,23 @@ def artifact_bytes(said: str) -> dict[float, int]:
 
 def test_there_are_finished_runs_to_compare_with():
     """Each log that has an artifact's size, but those of scripts that coded it otherwise."""
-    logs = {
-        path.stem for path in (ROOT / "logs").rglob("*.jsonl") if '"trained"' in path.read_text()
-    }
+    logs = {path.stem for path in LOGS if '"trained"' in path.read_text()}
     assert logs - {run.name for run in RUNS} == {"h200-180s", "h200-45s"}
     assert len({run.settings.num_layers for run in RUNS}) > 1
+
+
+def test_logs_of_other_quantizers_and_of_half_a_run_are_no_measurements(tmp_path):
+    """A run of QUANTIZER=round in logs/ moved the table, and a log without settings ended it."""
+    lines = (ROOT / "logs" / "web-seeds").glob("*.jsonl")
+    log = next(path for path in sorted(lines) if path.stem in {run.name for run in RUNS})
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    other, half, odd = (tmp_path / f"{name}.jsonl" for name in ("other", "half", "odd"))
+    for path, written in ((half, records[1:]), (other, records), (odd, records)):
+        path.write_text("".join(json.dumps(record) + "\n" for record in written))
+    other.write_text(other.read_text().replace('"quantizer": "gptq"', '"quantizer": "round"'))
+    odd.write_text(re.sub(r'"sdclip_k": [\d.]+, "', '"sdclip_k": null, "', odd.read_text()))
+    (tiny_run,) = fit_bytes.finished_runs([other, half, odd])
+    assert (tiny_run.name, len(fit_bytes.finished_runs([log]))) == ("tiny", 2)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
@@ -132,6 +162,8 @@ def test_a_default_run_is_described_without_gpu_or_data(dry):
     assert "they run as M0 M1 A2 M3 M4 M5 A6 M7 M8 M7 M8\n" in said
     assert "before 35% of the run as M0 M1 A2 M3 M4 M5 A6 M7 M8\n" in said
     assert "for 65,536 tokens at once; 80.0 GB in all, used and free, of a GPU" in said
+    documents = "evaluation of a rank: about 35.3 GB for 64 documents that adapt at once, 2,048 "
+    assert documents + "tokens of each\nclock:" in said
     assert said.startswith("settings that differ from PRESET=default: ")
     assert "clock: 6,577 steps, 3,448,242,176 tokens\n" in said
     fitted, coarse = artifact_bytes(said).items()
@@ -139,6 +171,13 @@ def test_a_default_run_is_described_without_gpu_or_data(dry):
     assert coarse[0] == 8 < fitted[0]
     over = coarse[1] - (16_000_000 - SCRIPT.stat().st_size)
     assert f"(16,000,000 less the script): too large by {over:,}" in said
+
+
+def test_an_evaluation_that_does_not_fit_at_once_is_told(dry):
+    said = dry({}, "--gpu-memory", "24")
+    assert "2,048 tokens of each; of fewer where memory ends, in more time\n" in said
+    for changes in ({"TTT_ENABLED": "0"}, {"EVAL_MODE": "sliding"}):
+        assert "evaluation of a rank" not in dry(changes, "--gpu-memory", "24")
 
 
 def test_what_is_not_given_is_told_too(dry):
@@ -559,6 +598,33 @@ def test_on_a_cpu_a_preset_for_gpus_warns(preset, warns):
     trainer.announce(t.model_skeleton(settings))
     warning = f"warning: PRESET={preset} is for GPUs; PRESET=tiny or laptop is for CPUs"
     assert (warning in lines) == warns
+
+
+def test_a_start_says_that_python_keeps_no_bytecode_of_torch(tmp_path):
+    """As where PYTHONDONTWRITEBYTECODE is set and nothing was kept before."""
+    code = """
+import types, train_gpt as t
+print(t.keeps_bytecode(t.torch), t.keeps_bytecode(types))
+settings = t.Settings(**t.PRESETS["tiny"])
+ranks = t.Ranks(0, 1, t.torch.device("cpu"))
+model = t.build_model(settings, ranks)
+trainer = t.Trainer(model, settings, ranks, 64, 1e6, lambda line, *_, **__: print(line))
+trainer.announce(t.model_skeleton(settings))
+"""
+    said = {}
+    for name, changes in (
+        ("kept", {}),
+        ("not kept", {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(tmp_path)}),
+    ):
+        command = [sys.executable, "-c", code]
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""} | changes
+        said[name] = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+        ).stdout
+    warning = "warning: Python keeps no bytecode of torch, so starts take longer: "
+    warning += "unset PYTHONDONTWRITEBYTECODE, or name a folder by PYTHONPYCACHEPREFIX\n"
+    assert said["kept"].startswith("True True\n") and warning not in said["kept"]
+    assert said["not kept"].startswith("False False\n") and warning in said["not kept"]
 
 
 @pytest.mark.parametrize(

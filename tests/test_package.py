@@ -21,7 +21,7 @@ import pytest
 from scipy import stats
 
 import train_gpt as t
-from tests.support import SOLO
+from tests.support import SOLO, train_tokenizer
 from tools import evidence, known, pack_script, package, significance, summary
 from tools.audit import checks as audit
 from tools.logs import finished_run
@@ -492,6 +492,16 @@ def test_author_and_name_come_from_submission_json_but_not_its_blurb(tmp_path, c
     (project / "submission.json").write_text("{")
     assert package.main([str(log), "--out", out, "--force"]) == 2
     assert capsys.readouterr().err == f"package.py: error: {project}/submission.json is not JSON\n"
+    # What is no object was a traceback; what is no line of text went into the entry.
+    for content, said in (
+        ("[]", f"{project}/submission.json holds no fields of an entry"),
+        ('{"author": "a", "name": NaN}', "--name: nan is no line of text"),
+        ('{"author": ["a"], "name": "n"}', "--author: ['a'] is no line of text"),
+        ('{"author": "a", "name": "n\\n| b"}', "--name: 'n\\n| b' is no line of text"),
+    ):
+        (project / "submission.json").write_text(content)
+        assert package.main([str(log), "--out", out, "--force"]) == 2
+        assert capsys.readouterr().err == f"package.py: error: {said}\n"
 
 
 def test_the_repositorys_own_log(tmp_path):
@@ -976,7 +986,7 @@ def test_runs_at_the_limits_and_in_other_places_are_packaged(tmp_path):
     at_limit = {"bytes_total": 16_000_000, "train_clock_seconds": 600.0}
     places = {"data_path": "x/fineweb10B_sp8192", "tokenizer_path": "x/t.model", "artifact": "m"}
     one = write_run(tmp_path / "one", "same", seed=1, trained=at_limit, evaluation=600.0)
-    two = write_run(tmp_path / "two", "same", seed=2, eval_nll_path="nats.npy", **places)
+    two = write_run(tmp_path / "two", "same", 3.01, seed=2, eval_nll_path="nats.npy", **places)
     assert pack(tmp_path / "out", one, two) == 0
     assert packed(tmp_path / "out")[0]["bytes_total"] == 16_000_000
 
@@ -1234,6 +1244,20 @@ def test_a_tokenizer_of_ones_own_is_counted_and_lies_in_the_folder(tmp_path, cap
     assert line == "code, artifact and tokenizer take 16,001,000 bytes, over the cap of 16,000,000"
 
 
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nmt_nfkc_cf"])
+def test_a_tokenizer_that_makes_another_text_is_no_records(tmp_path, rule):
+    """Without capitals, text of as many bytes takes fewer nats."""
+    file = train_tokenizer(tmp_path / "own.model", 340, normalization_rule_name=rule)
+    (log,) = write_runs(tmp_path / "logs", [3.0], text={"tokens": 40_540_805})
+    size = 1_900_000 - (package.ROOT / "train_gpt.py").stat().st_size
+    s = t.Settings(run_id="run1", log_dir=str(log.parent))
+    write_artifact(s.artifact_path, s, size, hashlib.sha256(file.read_bytes()).hexdigest())
+    assert pack(tmp_path / "out", log, "--tokenizer", file) == 0
+    told = "the tokenizer makes 'a' of 'A': what was scored is another text"
+    folded = [told] if rule.endswith("_cf") else []
+    assert reasons(tmp_path / "out") == ["1 seed, not three or more", *folded]
+
+
 @pytest.mark.parametrize("option", ["--artifacts", "--parts", "--tokenizer", "--manifest"])
 def test_a_file_that_is_given_and_not_there_is_refused(tmp_path, capsys, option):
     (log,) = write_runs(tmp_path / "logs", [3.0], artifact=True)
@@ -1336,6 +1360,10 @@ def test_a_manifest_of_other_data_is_refused_if_it_is_given_and_not_used_if_it_i
     whole = json.loads(path.read_text())
     for splits in ({"val": []}, {"val": {"tokens": 1}}, {}, None):
         path.write_text(json.dumps(whole | {"splits": splits}))
+        line = refusal(tmp_path / "out", capsys, log, "--manifest", path)
+        assert line == f"{path} is not a manifest of data/prepare.py"
+    for count in (-1, True, float("nan"), "0"):  # "-1 validation documents" were told
+        path.write_text(json.dumps(whole | {"overlap": {"documents": count}}))
         line = refusal(tmp_path / "out", capsys, log, "--manifest", path)
         assert line == f"{path} is not a manifest of data/prepare.py"
     assert pack(tmp_path / "out", log) == 0
@@ -1595,7 +1623,6 @@ def test_means_and_deviations_are_scipys():
     [
         ([3.0], [3.1, 3.2], "that takes two runs or more on each side"),
         ([3.0, 3.1], [3.2], "that takes two runs or more on each side"),
-        ([3.0, 3.0], [3.1, 3.1], "the runs on each side do not differ"),
     ],
 )
 def test_too_few_runs_cannot_be_tested(tmp_path, ours, theirs, why):
@@ -1604,6 +1631,28 @@ def test_too_few_runs_cannot_be_tested(tmp_path, ours, theirs, why):
     text = packed(tmp_path / "out")[1]
     assert f"cannot be tested: {why}." in text
     assert " p = " not in text
+
+
+def test_one_run_is_not_two_seeds(tmp_path, capsys):
+    """A run's logs were packaged as those of three seeds once SEED was edited in both."""
+    logs = tmp_path / "logs"
+    first, other = write_run(logs, "a", seed=1), write_run(logs, "b", 3.01, seed=2)
+    copy = write_run(logs, "c", seed=3)
+    capsys.readouterr()
+    line = refusal(tmp_path / "out", capsys, first, other, copy)
+    assert line == f"{copy} has the score of {first}, to the last digit: one run is not two seeds"
+    for path in (first, other):  # whose artifact is the same, whatever their scores
+        records = path.with_suffix(".jsonl")
+        edit(records, '"event": "trained", ', '"event": "trained", "artifact_sha256": "6f", ')
+    line = refusal(tmp_path / "out", capsys, first, other)
+    assert line == f"{other} has the artifact of {first}, by its SHA-256: one run is not two seeds"
+
+    lines = "other_exact val_loss:3.2 val_bpb:{}\n"
+    theirs = [tmp_path / f"{number}.log" for number in range(3)]
+    for path, loss in zip(theirs, (3.2, 3.21, 3.2), strict=True):
+        path.write_text(lines.format(f"{bpb(loss):.8f}").replace("3.2 ", f"{loss} "))
+    line = refusal(tmp_path / "out", capsys, copy, "--baseline", *theirs)
+    assert line == f"{theirs[2]} is a copy of {theirs[0]}"
 
 
 def test_a_baseline_may_be_another_scripts_log(tmp_path):

@@ -55,6 +55,16 @@ def test_one_seed_is_no_two_and_another_text_is_another_point(tmp_path):
         plot_scores.read_points([copy])
 
 
+def test_a_run_that_iterations_ended_is_where_its_training_ended(tmp_path):
+    """It stood at MAX_WALLCLOCK_SECONDS, or at 0 without one."""
+    for clock, steps, place in ((600.0, 500, 97.5), (0.0, 500, 97.5), (600.0, 499, 600.0)):
+        log = write_log(tmp_path / "a.jsonl", clock, 1.24, 1.22, iterations=500)
+        told = f'"steps": {steps}, "train_clock_seconds": 97.5, "val_bpb": 1.24'
+        log.write_text(log.read_text().replace('"val_bpb": 1.24', told))
+        (point,) = plot_scores.read_points([log])
+        assert point.seconds == place
+
+
 def test_a_line_joins_what_differs_in_the_clock_alone(tmp_path):
     def series(name: str, seconds: float, script: str | None, **settings) -> str:
         log = write_log(tmp_path / f"{name}.jsonl", seconds, 1.3, 1.2, **settings)

@@ -440,6 +440,15 @@ def test_folders_that_cannot_be_used(tmp_path, capsys, model):
     check_error(capsys, run("text", source, "--out", source / "below", *options), "Not a directory")
     both = run("text", source, "--val", source, "--out", tmp_path / "o", *options)
     check_error(capsys, both, "both as INPUT and as --val")
+    # By another name, a file is the same: its documents were validated on, or scored, twice.
+    for number, link in enumerate((Path.symlink_to, Path.hardlink_to)):
+        name = tmp_path / f"link{number}"
+        link(name, source)
+        both = run("text", source, "--val", name, "--out", tmp_path / "o", *options)
+        check_error(capsys, both, f"{name} is given both as INPUT and as --val")
+        for files in ((source, name), (source, source), (model, "--val", source, name)):
+            twice = run("text", *files, "--out", tmp_path / "o", *options)
+            check_error(capsys, twice, f"{files[-1]} is given twice")
     assert run("text", source, "--out", tmp_path / "o", *options) == 0
     other = run("text", source, "--out", tmp_path / "o", *options, "--name", "other")
     check_error(capsys, other, "already holds another dataset (n_train_000000.bin)")
@@ -637,6 +646,9 @@ def test_bytes_are_those_that_scores_divide_by(tmp_path, capsys, options):
         assert said.count("normalize text") == 1
         assert f"{found['text_bytes']:,} bytes of validation text are {found['bytes']:,}" in said
     assert ("does not know" in said) == bool(found["unknown"]) == ("byte_fallback" in options)
+    # Without capitals, bytes are as many and scores lower.
+    folded = options.get("normalization_rule_name") == "nmt_nfkc_cf"
+    assert (f"{model} makes 'a' of 'A'" in said) == folded
 
 
 def test_a_trained_tokenizer_has_a_piece_for_the_space_where_there_are_few(tmp_path):

@@ -169,6 +169,9 @@ def test_linear_layers_are_rounded_by_both_sides_where_it_is_asked_for(script, m
             same = torch.equal(stored[f"{name} integers"], usual[f"{name} integers"])
             assert same != both, (name, size)
             assert torch.equal(costs[name], usual_costs[name]) != both, (name, size)
+    settings = replace(settings, sdclip_by_matrix=0.0, sdclip_by_row=0.0)
+    with pytest.raises(t.UserError, match="set SDCLIP_BY_ROW above 0"):
+        quantized(64)
 
 
 def test_weights_stand_on_their_grids_and_come_back(script):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,23 @@ def test_losses_are_drawn(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("loss", ["NaN", "Infinity"])
+def test_losses_that_diverged_are_left_out_of_the_picture(tmp_path, loss):
+    """The first one set the picture's limits, and was a traceback; a run without any has none."""
+    pytest.importorskip("matplotlib")
+    log = write_log(tmp_path / "a.jsonl", 1.2)
+    lines = log.read_text().splitlines(keepends=True)
+    place = next(i for i, line in enumerate(lines) if '"event": "train"' in line)
+    lines[place] = re.sub(r'("train_loss": )[\d.]+', rf"\g<1>{loss}", lines[place])
+    log.write_text("".join(lines))
+    run = runs.read_run(log)
+    assert len(runs.finite_losses(run)) == len(run.losses) - 1
+    runs.plot([run], tmp_path / "curves.png")
+    log.write_text("".join(re.sub(r'("train_loss": )[\d.]+', rf"\g<1>{loss}", x) for x in lines))
+    with pytest.raises(UserError, match="no run has a training loss to draw"):
+        runs.plot([runs.read_run(log)], tmp_path / "curves.png")
+
+
 @pytest.mark.parametrize("count", [1, runs.MOST_NAMES, runs.MOST_NAMES + 1])
 def test_the_names_of_many_runs_do_not_cover_their_curves(tmp_path, monkeypatch, count):
     """As of all that lie in logs/: a legend longer than the picture left curves no room."""
@@ -233,10 +251,11 @@ def test_a_short_runs_losses_are_drawn_as_they_are():
 def test_the_longer_run_keeps_the_settings_that_the_run_was_given():
     """Else it would be another model."""
     settings = {"run_id": "a", "log_dir": "logs", "mlp_mult": 4, "matrix_lr": 0.1, "seed": 1}
-    started = {"settings": settings, "given": ["mlp_mult"]}
+    settings["eval_nll_path"] = "a.npy"  # which the longer run would write over
+    started = {"settings": settings, "given": ["mlp_mult", "eval_nll_path"]}
     command = longer_command(started)
     assert command.startswith("RUN_ID=a-longer LOG_DIR=logs MLP_MULT=4 MAX_WALLCLOCK_SECONDS=600 ")
-    assert "MATRIX_LR" not in command and "SEED" not in command
+    assert not any(name in command for name in ("MATRIX_LR", "SEED", "EVAL_NLL_PATH"))
 
 
 def test_each_text_has_a_table_and_many_settings_share_a_column(tmp_path):

@@ -205,6 +205,8 @@ def test_other_files_and_arguments_end_in_one_line(tmp_path):
     nan = write_log(tmp_path / "nan.jsonl", 22, float("nan"))
     old.write_text("".join(line for line in ours[0].open() if "training_data" not in line))
     seen = write_log(tmp_path / "seen.jsonl", 22, 1.2, steps=2000)
+    # It trained for less than its clock, and would stand at the wrong place.
+    ended = write_log(tmp_path / "ended.jsonl", 999, 1.1, steps=500, iterations=500)
     cases = [
         (ours[:2], [], "ours: 2 different clocks are too few"),
         (
@@ -215,6 +217,7 @@ def test_other_files_and_arguments_end_in_one_line(tmp_path):
         ([other], [], str(other)),
         ([empty], [], "has no score"),
         ([nan], [], "has no score"),
+        ([*ours, ended], [], "ended.jsonl was not trained to the end of its clock"),
         ([old], [], "does not say which text was read"),
         (ours, ["--seed", "-1"], "--seed -1"),
         (ours, ["--to", "1e300"], "--to 1e+300"),

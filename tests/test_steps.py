@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,25 @@ def install(script):
 
     script.MLP = MLP
 """
+
+
+@pytest.mark.parametrize("kind", [UserError, t.UserError, ZeroDivisionError])
+def test_a_mistake_in_a_child_is_told_once_and_a_bug_with_its_traceback(monkeypatch, kind):
+    """An idea with parameters of its own ended in the child's traceback beside the one line."""
+
+    def refuse(idea):
+        raise kind("other parameters")
+
+    monkeypatch.setattr(steps, "Variant", refuse)
+    told = []
+    pipe = SimpleNamespace(send=told.append)
+    if kind is ZeroDivisionError:
+        with pytest.raises(kind):
+            steps.serve(pipe, None)
+        assert told == [("ZeroDivisionError: other parameters", None)]
+    else:
+        steps.serve(pipe, None)
+        assert told == [("other parameters", None)]
 
 
 def test_the_shape_is_what_the_official_script_trained(monkeypatch):

@@ -289,7 +289,7 @@ def test_what_cannot_be_compared_ends_in_one_line(runs, shards, tmp_path):
         (twin("adapted", mode="plain_ttt"), "scored plain_ttt, not EVAL_MODE=plain"),
         (twin("none", eval_nll_path=""), "it wants EVAL_NLL_PATH"),
         (twin("clock", max_wallclock_seconds=90), "other clocks, ours: 45; twin: 90"),
-        (twin("steps", max_wallclock_seconds=0), "not trained by the clock"),
+        (twin("steps", max_wallclock_seconds=0), "not trained to the end of its clock"),
         (changed("text", sha256, "0" * 64), "another validation than"),
         (replaced, "another run's"),
         (pickled, "is no file of scores"),
@@ -369,8 +369,9 @@ def test_no_input_is_written_over_and_what_lies_elsewhere_is_asked_for(shards, t
 
 def test_a_run_and_its_artifact_scored_again_are_read(monkeypatch, shards, tmp_path):
     """The script's own logs and scores; those of EVAL_ONLY name no training shards."""
-    changes = {"eval_mode": "plain", "ttt_enabled": False, "max_wallclock_seconds": 99.0}
-    changes |= {"eval_nll_path": tmp_path / "a.npy", "iterations": 1}
+    changes = {"eval_mode": "plain", "ttt_enabled": False, "max_wallclock_seconds": 4.0}
+    changes |= {"eval_nll_path": tmp_path / "a.npy", "export_reserve_seconds": 3.9}
+    changes["iterations"] = 10_000  # the clock is to end it, also where steps are fast
     assert run_here(monkeypatch, run_environment(shards, tmp_path, **changes)) == 0
     again = {"EVAL_ONLY": "1", "RUN_ID": "a", "LOG_DIR": str(tmp_path), "DEVICE": "cpu"}
     again["EVAL_NLL_PATH"] = str(tmp_path / "again.npy")
@@ -378,7 +379,7 @@ def test_a_run_and_its_artifact_scored_again_are_read(monkeypatch, shards, tmp_p
     logs = [[tmp_path / "a.jsonl"], [tmp_path / "a.eval.jsonl"]]
     status, said, error = start(*logs, tmp_path / "where.json")
     assert (status, error) == (0, "")
-    assert "99 s: BPB ours" in said
+    assert "4 s: BPB ours" in said
     (whole,) = json.loads((tmp_path / "where.json").read_text())["tables"]["all"]
     assert whole["lead"] == [0]
     assert whole["share"] == [None]

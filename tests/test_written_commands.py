@@ -276,6 +276,31 @@ def test_files_that_a_page_names_are_there(path):
         assert there or MADE.fullmatch(name), name
 
 
+# ---- Errors --------------------------------------------------------------------------------------
+
+# What a program puts together of several texts, or another program prints.
+PUT_TOGETHER = {"should be one of auto", "no *_train_*.bin shards in", "tokens other bytes than"}
+PUT_TOGETHER |= {".bin gives", "but TOKENIZER_PATH has", "or choose another RUN_ID"}
+PUT_TOGETHER |= {"out of GPU memory", "Failed to find C compiler", "kernels compiled ahead"}
+PUT_TOGETHER |= {"updates compiled ahead", "average and attention compiled ahead"}
+# Between the words of a line that is quoted: values, signs, and what stands for another word.
+VALUES = re.compile(r"…|\b[A-Z_0-9]+=\S*|[:;,()]|\b[XYNx]\b|\[?\d+\]?")
+
+
+def test_lines_that_the_page_on_trouble_quotes_are_lines_that_programs_print():
+    """Whoever searches the page for an error has to find it as it was printed."""
+    paths = [SCRIPT, ROOT / "data" / "prepare.py", *(ROOT / "tools").rglob("*.py")]
+    printed = "".join(path.read_text(encoding="utf-8") for path in paths)
+    printed = re.sub(r'"\s*\n\s*f?"', "", printed)  # texts side by side are one
+    rows = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    quoted = [line.split("|")[1] for line in rows if line.startswith("|")]
+    quotes = re.findall(r"`([^`]+)`", "\n".join(quoted))
+    parts = {part.strip() for quote in quotes for part in VALUES.split(quote)}
+    parts = {part for part in parts if len(part.split()) > 1}
+    assert len(parts) > 80
+    assert {part for part in parts if part not in printed} == PUT_TOGETHER
+
+
 # ---- Figures -------------------------------------------------------------------------------------
 
 

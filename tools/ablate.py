@@ -9,7 +9,7 @@ text:
     seeds = [1337, 1338, 1339]  # every variant runs once with each
     processes = 1               # of each run, as torchrun's --nproc_per_node; 1 if left out
     parallel = 8                # runs at once, which may share GPUs; if left out, as many as there
-                                # are GPUs for, on a CPU one
+                                # are GPUs for; on a CPU one
 
     [base]                      # what all variants share, and itself the first row of the table
     PRESET = "short"
@@ -27,34 +27,35 @@ text:
     MATRIX_LR = [0.02, 0.03]    # (one that equals the base is not run twice)
     NUM_LAYERS = [8, 9]
 
-A variant that trains as an earlier one does, and differs from it in settings of the evaluation
-alone, such as TTT_ENABLED or EVAL_STRIDE (or of the sample), trains nothing: with EVAL_ONLY=1 it
-scores the artifact of that one's run of the same seed, once that is complete. Where that is the
-base's, their scores differ by how they were made and by nothing else, so that p is of the
-differences by seed. One that differs in nothing trains anew: it shows what chance does.
+A variant does not train if an earlier one trains alike, that is, if the two differ only in settings
+of the evaluation, such as TTT_ENABLED or EVAL_STRIDE (or of the sample). With EVAL_ONLY=1 it scores
+the artifact of the earlier variant's run with the same seed, once that run is complete. If the
+earlier variant is the base, their scores differ only by how they were made, so p is computed from
+the differences by seed. A variant that differs in nothing trains anew: it shows what chance does.
 
-`name` may stand in [base] too. Settings in the environment, such as DATA_PATH, hold for all runs
-where the file says nothing else. RUN_ID, SEED and LOG_DIR are chosen here. Runs that share a GPU
-hide each other's compiling; compare them by steps, with MAX_WALLCLOCK_SECONDS=0 and ITERATIONS,
-since no clock is fair to them.
+[base] may have a `name`, too. Settings in the environment, such as DATA_PATH, hold for all runs
+unless the file sets them. RUN_ID, SEED and LOG_DIR are chosen here. Runs that share a GPU hide
+each other's compiling, and no clock is fair to them: compare them by steps, with
+MAX_WALLCLOCK_SECONDS=0 and ITERATIONS.
 
 The output folder, logs/NAME-OF-THE-FILE, gets table.md, results.json, plots and, in runs/, a folder
-per run. Ctrl-C or SIGTERM stops the runs, but not Ctrl-C where the parent has it ignored, as a
-shell script has for what it starts with &; the same command continues. A run that is complete is
-kept as long as its settings and the number of its processes stay what they are; one that failed,
-was stopped or has other settings now starts anew.
+per run. Ctrl-C or SIGTERM stops the runs, and the same command goes on with them. (Ctrl-C does not
+if the parent ignores it, as a shell script does for what it starts with &.) A complete run is kept
+as long as its settings and the number of its processes stay the same. A run that failed, was
+stopped or has other settings now starts anew.
 
 --budget N stops losers early so that all runs together take at most about N GPU-seconds, from start
-to score (on a CPU: seconds of a process). That is successive halving: all variants train to a rung,
-1/2 or 1/4 or ... of their run; those with the higher training loss there, all at the same part of
-their clock and as the mean of their seeds, are stopped; the better half, and always the base, goes
-on. The fewest halvings that fit the budget are made, none if it is enough for all. A run is stopped
-by a signal and leaves a checkpoint, from which it goes on if it is to, by the schedule of the whole
-run. table.md says which variants were stopped, when and by what. The budget counts earlier calls
-too. Costs are estimates: should it be spent before the end, all is stopped, and the same command
-with a larger budget goes on, with variants that a smaller one had stopped.
-An early training loss is a wrong judge of what acts late, such as WARMDOWN_FRACTION or EMA_DECAY,
-and none of what does not train: a variant that scores another's artifacts goes on or stops with it.
+to score (on a CPU: seconds of a process). This is successive halving. All variants train to a rung,
+1/2 or 1/4 or ... of their run. Training losses there are compared at the same part of the clock, as
+means over the seeds. Variants with the higher losses are stopped; the better half goes on, and so
+does the base in any case. The fewest halvings that fit the budget are made, none if it is enough
+for all. A run is stopped by a signal and leaves a checkpoint; if it is to go on, it does so from
+there, by the schedule of the whole run. table.md says which variants were stopped, when and by
+what. The budget includes earlier calls. Costs are estimates: if the budget is spent before the end,
+all runs are stopped, and the same command with a larger budget goes on, also with variants that a
+smaller one had stopped.
+An early training loss misjudges what acts late, such as WARMDOWN_FRACTION or EMA_DECAY, and cannot
+judge what does not train: a variant that scores another's artifacts goes on or stops with it.
 """
 
 import argparse
@@ -112,7 +113,7 @@ from tools.command import (
     write_whole,
 )
 from tools.halving import Rung, choose_halvings, judge, kept_after, loss_at, rungs_of
-from tools.logs import is_record, spread
+from tools.logs import is_record, kind_of, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 # torchrun, which picks a free port.
@@ -308,6 +309,7 @@ def read_content(path: Path) -> dict:
     grid = content.get("grid", {})
     need(isinstance(grid, dict), f"{path}: the grid is a table that begins with [grid]")
     for key, values in grid.items():
+        need(key not in ("name", "seeds"), f"{path}: [grid]: {key} is no setting to vary")
         several = isinstance(values, list) and len(set(map(str, values))) == len(values) > 1
         usual = "a list of several values, none of them twice, such as [1, 2]"
         need(several, f"{path}: [grid]: {key} should be {usual}")
@@ -1108,6 +1110,16 @@ class Runner:
 # ---- Results -------------------------------------------------------------------------------------
 
 
+def data_of(run: Run) -> dict[str, list[str]]:
+    """SHA-256 or digest of what a run read, by kind, as far as its log tells it: tools.logs.Kind.
+
+    One that scores another's artifact read no training text.
+    """
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        return kind_of(run.log, read_events(run)).data
+    return {}
+
+
 def describe_run(run: Run, stopped: bool) -> dict:
     """A run as results.json holds it; stopped: its variant is."""
     outcome = read_outcome(run)
@@ -1134,6 +1146,8 @@ def describe_run(run: Run, stopped: bool) -> dict:
         "shared": outcome.get("shared"),
         "script": outcome.get("script"),
         "folder": str(run.folder),
+        "data_path": run.resolved.data_path,
+        "data": data_of(run),
         # A log without an outcome is of a run that goes on, or was stopped.
         "figures": read_figures(run) if outcome else {},
     }
@@ -1167,7 +1181,7 @@ def compare(plan: Plan, runs: list[dict], variant: str) -> dict:
     """The variant's difference to the base in final BPB, its p-value, and the test's name.
 
     Scores of the base's own artifacts are compared with the base's seed by seed. All is None
-    without scores on both sides, and for the base.
+    without scores on both sides, for the base, and where one folder held other data by then.
     """
     found = {"difference": None, "p": None, "test": None}
     score_of = functools.partial(figure_of, name="bpb_final")
@@ -1177,12 +1191,31 @@ def compare(plan: Plan, runs: list[dict], variant: str) -> dict:
     others = [score for score in base.values() if score is not None]
     if variant == plan.base or not final or not others:
         return found
+    compared = [run for run in runs if run["variant"] == plan.base and score_of(run) is not None]
+    if changed_data([*own, *compared]):
+        return found
     if all(run["artifact_of"] == plan.base for run in own):
         differences = [score_of(run) - base[run["seed"]] for run in own]
         p = paired_p(differences)
         return {"difference": statistics.fmean(differences), "p": p, "test": "paired"}
     difference = statistics.fmean(final) - statistics.fmean(others)
     return {"difference": difference, "p": welch_p(final, others), "test": "Welch"}
+
+
+def changed_data(runs: list[dict]) -> list[str]:
+    """What one folder held otherwise for some of these runs than for others, in words.
+
+    Runs of several calls may find other shards under one DATA_PATH. Those of several folders are
+    another matter: variants with tokenizers of their own have theirs.
+    """
+    seen: dict[tuple[str, str], list[str]] = {}
+    found = []
+    for run in runs:
+        for kind, sums in run["data"].items():
+            here = run["data_path"]
+            if seen.setdefault((here, kind), sums) != sums:
+                found.append(f"another {kind} in DATA_PATH={here}")
+    return list(dict.fromkeys(found))
 
 
 def figure_of(run: dict, name: str) -> float | None:
@@ -1272,6 +1305,10 @@ def table_notes(runs: list[dict], notes: Iterable[str]) -> list[str]:
     found += notes
     if any(run["shared"] for run in runs):
         found.append("Runs shared GPUs: ms/step compares nothing.")
+    complete = [run for run in runs if run["status"] == "complete"]
+    if changed := changed_data(complete):
+        remedy = "nothing compares them; remove the older ones' folders to have them made anew"
+        found.append(f"**Some runs found {', '.join(changed)}**: {remedy}.")
     scripts = len({run["script"] for run in runs if run["status"] == "complete"})
     if scripts > 1:
         found.append(f"The runs were made with {scripts} versions of the script.")
@@ -1435,6 +1472,7 @@ def plot_loss(path: Path, plan: Plan):
             label = ""
             first = 0.1 * curve[-1]["step"]
             late += [record["train_loss"] for record in curve if record["step"] >= first]
+    late = [loss for loss in late if math.isfinite(loss)]  # not those of skipped steps
     # The first steps' loss would hide all differences.
     if late:
         axes[0].set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
@@ -1519,14 +1557,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("file", type=Path, metavar="FILE.toml", help="what to compare")
     folder = "output folder (default: logs/ and FILE's name)"
     add("--out", type=Path, metavar="FOLDER", help=folder)
-    add("--processes", default=0, help="of each run, instead of FILE's", **number)
+    add("--processes", default=0, help="processes of each run, instead of FILE's", **number)
     add("--parallel", default=0, help="most runs at once, instead of FILE's", **number)
-    add("--seeds", help="only the first N of each variant's", **number)
+    add("--seeds", help="only the first N seeds of each variant", **number)
     script = ROOT / "train_gpt.py"
     add("--script", type=Path, default=script, help="program to run (train_gpt.py)")
-    budget = "of all runs together: stops the losers early (see below)"
+    budget = "for all runs together: stops losers early (see below)"
     add("--budget", type=positive, metavar="GPU-SECONDS", help=budget)
-    dry = "list what would run, in order, at which cost, and change nothing"
+    dry = "list what would run, in which order and at which cost, and change nothing"
     add("--dry-run", action="store_true", help=dry)
     return parser.parse_args(arguments)
 

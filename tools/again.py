@@ -1,13 +1,13 @@
-"""Starts a run again from its logs: the script and the settings are in them.
+"""Starts a run again from its logs, which contain the script and the settings.
 
     python -m tools.again logs/first.txt              # same settings, as RUN_ID=first-again
     python -m tools.again logs/first.txt --dry-run    # prints the command; writes nothing
-    DEVICE=cpu python -m tools.again logs/first.txt   # the environment's settings before the log's
+    DEVICE=cpu python -m tools.again logs/first.txt   # the environment overrides the log's settings
 
 The script is written beside the log, as RUN_ID-again.py, and started with as many processes as the
-run had; it writes there, too, wherever the run of the log wrote, unless LOG_DIR is set. With
-MAX_WALLCLOCK_SECONDS=0 in the log, the same machine trains the same model: on CPUs bit for bit, on
-one GPU with DETERMINISTIC=1.
+run had. The new run writes its files there, too, wherever the old run wrote, unless LOG_DIR is set.
+With MAX_WALLCLOCK_SECONDS=0 in the log, the same machine trains the same model bit for bit: on
+CPUs, and on one GPU with DETERMINISTIC=1.
 """
 
 import argparse
@@ -82,6 +82,10 @@ def read_command(
     for name in map(str.upper, every):
         if name in environment:
             settings[name] = environment[name]
+    if settings.get("EVAL_NLL_PATH") and "EVAL_NLL_PATH" not in environment:
+        scores = Path(settings["EVAL_NLL_PATH"])  # the first run's, which stay, too
+        beside = Path(settings["LOG_DIR"], f"{scores.stem}-again{scores.suffix}")
+        settings["EVAL_NLL_PATH"] = str(beside)
     launcher = []
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

@@ -4,9 +4,10 @@
     python -m tools.board logs/*.jsonl --follow          # as the runs go on, until they have ended
     python -m tools.board logs/*.jsonl --wandb PROJECT   # to Weights & Biases instead
 
-Every number in a run's records becomes a curve over its steps, each run under its RUN_ID, with its
-settings as a table. Logs are only read: neither a run nor its clock notices. Needs tensorboard
-(requirements-dev.txt) or wandb, which has its own login; WANDB_MODE=offline keeps all here.
+Every number in a run's records becomes a curve over the run's steps. Each run is shown under its
+RUN_ID, with its settings as a table. Logs are only read, so runs and their clocks are not affected.
+Needs tensorboard (requirements-dev.txt) or wandb, which has its own login; WANDB_MODE=offline keeps
+everything on this machine.
 """
 
 import argparse
@@ -19,7 +20,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools.command import Parser, need, run_command
-from tools.logs import parse_records
+from tools.logs import not_a_log, parse_records
 
 PAUSE = 2.0  # seconds between looks at the logs
 ENDS = {"final", "final_profile", "error"}  # events behind which a run tells no more
@@ -60,9 +61,17 @@ class TensorBoard:
     """Writes one run's curves into a folder of its own."""
 
     def __init__(self, name: str, options: argparse.Namespace):
+        self.folder = str(options.out / name)
+        self.writer = None
+        self.begin(0)  # or points of an earlier call would stand beside the same ones
+
+    def begin(self, step: int) -> None:
+        """What follows takes the place of all points from this step on."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(options.out / name))
+        if self.writer:
+            self.writer.close()
+        self.writer = SummaryWriter(self.folder, purge_step=step)
 
     def settings(self, settings: dict) -> None:
         """Shows the settings as a table."""
@@ -90,6 +99,9 @@ class WeightsAndBiases:
         import wandb
 
         self.run = wandb.init(project=options.wandb, name=name, reinit="create_new")
+
+    def begin(self, step: int) -> None:
+        """Nothing: it keeps the points of steps that are made again."""
 
     def settings(self, settings: dict) -> None:
         """The run's configuration."""
@@ -119,15 +131,26 @@ class Board:
         self.add(records)
 
     def add(self, records: list[dict]) -> None:
-        """Adds points of records; those without a step belong to the last one."""
-        for record in records:
-            if record["event"] == "settings":
-                self.sink.settings(record["settings"])
-            self.step = int(record.get("step", record.get("steps", self.step)))
-            values = figures(record)
-            if values:
-                self.sink.points(values, self.step)
+        """Adds points of records. Raises UserError for what no run writes."""
+        try:
+            for record in records:
+                self.add_one(record)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise not_a_log(self.reader.path) from None
         self.sink.flush()
+
+    def add_one(self, record: dict) -> None:
+        """Adds a record's points; without a step, they belong to the last one."""
+        if record["event"] == "settings":
+            self.sink.settings(record["settings"])
+        step = int(record.get("step", record.get("steps", self.step)))
+        first = step + (record["event"] == "resumed")  # that is made again, or anew
+        if record["event"] in ("train", "resumed") and first <= self.step:
+            self.sink.begin(first)
+        self.step = step
+        values = figures(record)
+        if values:
+            self.sink.points(values, self.step)
 
     def look(self) -> None:
         """Adds what is new in the log."""
@@ -151,7 +174,7 @@ def main() -> int:
     add = parser.add_argument
     add("logs", nargs="+", type=Path, metavar="LOG", help="runs' .jsonl")
     add("--out", type=Path, default=Path("board"), metavar="FOLDER", help="TensorBoard's (board)")
-    add("--follow", action="store_true", help="until the runs have ended, or Ctrl-C")
+    add("--follow", action="store_true", help="go on until the runs have ended, or Ctrl-C")
     add("--wandb", metavar="PROJECT", help="to Weights & Biases instead")
     options = parser.parse_args()
     names = [path.stem for path in options.logs]

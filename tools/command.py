@@ -1,4 +1,4 @@
-"""What commands share: a user's mistake, which ends in one line and with status 2."""
+"""What commands share: a user's mistake ends with one line and status 2."""
 
 import argparse
 import io

@@ -1,9 +1,9 @@
-"""What a run's own logs say against each other: arithmetic that an edited figure breaks.
+"""Contradictions within a run's own logs: arithmetic that an edited figure breaks.
 
-A run leaves two logs, RUN_ID.txt and RUN_ID.jsonl. Both are the contestant's claims, and who edits
-all of their lines alike is not found out here. But a clock, the steps on it, the wall clock beside
-every record, two prints of each figure and the artifact's own size and hash belong together, and
-the contest's limits are no settings. tools/audit and tools/package.py both ask for this.
+A run leaves two logs, RUN_ID.txt and RUN_ID.jsonl. Both are the contestant's claims, and this does
+not find out who edits all of their lines alike. But the clock, the steps on it, the wall clock in
+every record, the two prints of each figure and the artifact's own size and hash belong together,
+and the contest's limits are not settings. tools/audit and tools/package.py both use this.
 """
 
 import hashlib
@@ -462,6 +462,9 @@ def impossible_walls(logs: RunLogs, clock: float | None) -> list[str]:
     known = [value for value in seconds if value is not None]
     if known != sorted(known):
         found.append("the records' wall clock runs backwards")
+    # NaN, say, compares with nothing; older scripts wrote no seconds.
+    if len(known) < sum("seconds" in record for record in logs.records):
+        found.append("the wall clock beside a record is no number")
     resumed_at = logs.text.resumed[-1][1] if logs.text.resumed else 0.0
     passed, counted = walls_and_clocks(logs.records, resumed_at)
     if passed > SLOW_PART * counted + SLOW_SECONDS or counted > passed + SLOW_SECONDS:

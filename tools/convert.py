@@ -3,13 +3,13 @@
     python -m tools.convert logs/first.int6.lzma --out first.safetensors    # and first.json
     python -m tools.convert first.safetensors --out first.int6.lzma
 
-model.safetensors has every parameter of the model in float32, as it is scored, by its name in
-train_gpt.py, and beside each matrix "NAME steps", its grid steps (rows + columns,) in float16:
-a weight is a whole number times its row's and its column's step (with TRELLIS_STATES, or a whole
-number and a half). model.json has the settings of
-the model and the SHA-256 of its tokenizer; of an older script's artifact also "filled in", the
-settings that its header lacks. Back, the file is that artifact to the byte. A weight that was
-changed, and so is not on its grid any more, is refused. Nothing is quantized here anew.
+first.safetensors has every parameter of the model in float32, as it is scored, by its name in
+train_gpt.py. Beside each matrix, "NAME steps" has its grid steps (rows + columns,) in float16:
+a weight is a whole number (or, with TRELLIS_STATES, a whole number and a half) times the steps of
+its row and its column. first.json has the settings of the model and the SHA-256 of its tokenizer
+and, for an older script's artifact, "filled in", the settings that the artifact's header lacks.
+Converted back, the file equals that artifact to the byte. A weight that was changed, and so is not
+on its grid any more, is refused: nothing is quantized anew here.
 Needs safetensors (requirements-dev.txt).
 """
 
@@ -86,9 +86,15 @@ def to_artifact(tensors: dict[str, torch.Tensor], header: dict) -> bytes:
     matrices = t.grid_limits(skeleton)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     shapes |= {name + STEPS: (sum(shapes[name]),) for name in matrices}
+    tensors = dict(tensors)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(name for name, _ in shapes.items() ^ found.items())
     need(not wrong, f"these are not the tensors of the settings' model: {', '.join(wrong[:3])}")
+    for name in matrices:  # another program may have written them in another type
+        steps = tensors[name + STEPS]
+        tensors[name + STEPS] = steps.half()
+        same = torch.equal(steps.double(), steps.half().double())
+        need(same, f"{name + STEPS} was changed: it holds no numbers of 16 bits")
     # As quantize_model() has them: vectors and steps in the parameters' order, then integers.
     stored = {}
     for name, _ in skeleton.named_parameters():
@@ -98,6 +104,8 @@ def to_artifact(tensors: dict[str, torch.Tensor], header: dict) -> bytes:
         steps = tensors[name + STEPS]
         integers = integers_of(name, tensors[name], steps, settings.trellis_states)
         stored[f"{name} integers"] = integers
+    for name, numbers in stored.items():
+        need(numbers.isfinite().all(), f"{name} was changed: it holds numbers that are not finite")
     packed = t.pack_artifact(settings, stored)
     payload = packed[: -t.DIGEST_BYTES].partition(b"\n")[2]
     # The header that it had, in the order of all headers.

@@ -6,7 +6,7 @@
 Operations are calls, arithmetic, subscripts, comparisons, conditional and boolean expressions,
 lambdas and clauses of comprehensions. They are counted by statement, without those of the
 statement's body, so that breaking a line changes nothing. Prose is docstrings and comments.
-Exceptions stand in pyproject.toml under [tool.density], each with its reason.
+Exceptions are in pyproject.toml under [tool.density], each with its reason.
 """
 
 import argparse

@@ -4,13 +4,13 @@
     python train_gpt.py --dry-run --k 8 12             # the artifact at other SDCLIP_K, too
     RESUME=logs/x.checkpoint python train_gpt.py --dry-run     # sizes by the weights in a file
 
-Settings are the environment's, as for a run. No GPU is used and no data are needed; the model takes
-no memory. The artifact's size is that of Gaussian weights, corrected by a small table that
-`python -m tools.fit_bytes` fits to this repository's logs and artifacts; with ARTIFACT=FILE or
-RESUME=FILE, or where RUN_ID has a checkpoint, it is that of the weights in that file. A checkpoint
-is taken up or refused as by a run, which alone compares the data, and a RUN_ID that has its score
-or has not ended is refused. What else a run would refuse before it opens its data is refused here,
-too, below the figures, and so is an artifact that would be too large.
+Settings come from the environment, as for a run. No GPU is used and no data are needed; the model
+takes no memory. The artifact's size is that of Gaussian weights, corrected by a small table that
+`python -m tools.fit_bytes` fits to this repository's logs and artifacts. With ARTIFACT=FILE or
+RESUME=FILE, or if RUN_ID has a checkpoint, it is the size of the weights in that file. A checkpoint
+is accepted or refused as by a run, except that only a run compares the data. A RUN_ID that has its
+score or has not ended is refused. Whatever else a run would refuse before it opens its data is
+refused here, too, below the figures, and so is an artifact that would be too large.
 """
 
 import argparse
@@ -275,7 +275,26 @@ def describe_memory(model: t.Model, ranks: t.Ranks, memory: float) -> list[str]:
         lines.append(f"a step of {s.train_batch_tokens:,} tokens is {steps} of these on each rank")
     if state + activations > share:
         lines.append("that does not fit: lower MICRO_BATCH_TOKENS, TRAIN_SEQ_LEN or the model")
-    return lines
+    return lines + describe_evaluation(s, ranks.gpu, share)
+
+
+def describe_evaluation(settings: t.Settings, gpu: bool, share: float) -> list[str]:
+    """What documents that adapt keep for their gradients, of a rank's so many bytes.
+
+    A guess, as token_bytes() is; only the last tokens of a window have logits.
+    """
+    s = settings
+    if s.eval_mode != "documents" or not s.adapts:
+        return []
+    each = s.train_seq_len * (
+        t.token_bytes(s, gpu) - 5 * s.vocab_size * (1 if gpu else t.CPU_FACTOR)
+    )
+    needed = s.ttt_lora_slots * each
+    what = f"{s.ttt_lora_slots} documents that adapt at once, {s.train_seq_len:,} tokens of each"
+    line = f"evaluation of a rank: about {in_bytes(needed)} for {what}"
+    if gpu and needed > share:
+        line += "; of fewer where memory ends, in more time"
+    return [line]
 
 
 def lacks_its_gpus(settings: t.Settings, device: torch.device) -> bool:
@@ -331,9 +350,9 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """
     parser = make_parser("--dry-run", __doc__)
     add = parser.add_argument
-    add("--gpu-memory", type=positive, metavar="GB", help="of a GPU that is not here")
+    add("--gpu-memory", type=positive, metavar="GB", help="memory of a GPU that is not here")
     add("--ranks", type=int, metavar="N", help="processes that share a step; torchrun's, or 1")
-    add("--step-ms", type=positive, default=0.0, metavar="MS", help="that a step takes")
+    add("--step-ms", type=positive, default=0.0, metavar="MS", help="milliseconds of a step")
     add("--k", type=positive, nargs="+", default=[], metavar="K", help="sizes at these SDCLIP_K")
     options = parser.parse_args(arguments)
     need(options.ranks is None or options.ranks > 0, "--ranks must be 1 or more")

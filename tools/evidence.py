@@ -1,13 +1,14 @@
 """What a reviewer asks of a submission, and what its runs' logs, settings and files answer.
 
 Each function answers one question with a Row: what was found, and what shows it. There are three
-kinds of showing. Files are looked at here and now. A log is the word of whoever trained, which was
-held against itself (tools/contradictions.py) but not proved. A test shows what the script does, if
+kinds of evidence. Files are read here and now. A log is the word of whoever trained: it was checked
+for contradictions (tools/contradictions.py) but not proved. A test shows what the script does, if
 it is this project's script. What a log does not say is "not in this log"; where it matters, that
 keeps the runs from being a record.
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import re
@@ -22,6 +23,7 @@ if not __package__:  # started by its path
 
 from tools import known
 from tools.audit.script import NAME, ROOT, commit_of, identify
+from tools.audit.text import altered, open_tokenizer
 from tools.command import UserError, need
 from tools.contradictions import (
     CAP_BYTES,
@@ -154,7 +156,8 @@ def need_tokenizer(data: bytes, sha256: str, file: Path) -> None:
 def tokenizer_row(sha256: str, file: Path, bytes_total: int) -> Row:
     """The contest's tokenizer, or one of its own, whose file then counts against the cap.
 
-    A tokenizer that everybody has costs nothing; text could be hidden in any other.
+    A tokenizer that everybody has costs nothing; text could be hidden in any other, and any other
+    may make of all text one that is more easily foretold.
     """
     question = "tokenizer"
     if not sha256:
@@ -172,7 +175,11 @@ def tokenizer_row(sha256: str, file: Path, bytes_total: int) -> Row:
     over = f"code, artifact and tokenizer take {total:,} bytes, over the cap of {CAP_BYTES:,}"
     need(total <= CAP_BYTES, over)
     answer = f"{name}; with its {len(data):,} bytes {total:,} in all; it lies in this folder"
-    return Row(question, answer, "the file")
+    made = ""
+    with contextlib.suppress(UserError):  # no script reads one that SentencePiece does not
+        made = altered(open_tokenizer(file))
+    reasons = (f"the tokenizer makes {made}: what was scored is another text",) if made else ()
+    return Row(question, answer, "the file", reasons)
 
 
 # ============

@@ -4,8 +4,8 @@
     python -m tools.experiments --check    # says whether they are up to date; 1 if not
 
 A row of the data is one run or a few seeds of it: what was changed, what was predicted before it
-ran, what was found, and the log that shows it. found holds "name: value" pairs, parted by ";".
-Rows are added at the end and keep their id for good, so that a text can cite them.
+ran, what was found, and the log that shows it. The column found has "name: value" pairs, separated
+by ";". Rows are added at the end and keep their id for good, so that a text can cite them.
 """
 
 import argparse

@@ -4,22 +4,22 @@
     python -m tools.explore "as it is:" "wide: NUM_LAYERS=7 MAMBA_LAYERS=0,1,3,4,6 MLP_MULT=5"
     python -m tools.explore --averages 0.03,0.06,0.12 --export "decay: WEIGHT_DECAY=0.2"
 
-A variant is a name, a colon and the settings of train_gpt.py that it has in place of the
-environment's. Choose on a development split (`python data/prepare.py development`, which prints its
-tokenizer's variables), not on the validation text. What trains and scores is train_gpt.py;
-checkpoints are not written. On several GPUs, start a process for each, with CUDA_VISIBLE_DEVICES.
+A variant is a name, a colon and the settings of train_gpt.py that override the environment's.
+Choose on a development split (`python data/prepare.py development`, which prints its tokenizer's
+variables), not on the validation text. train_gpt.py trains and scores; checkpoints are not written.
+On several GPUs, start a process for each, with CUDA_VISIBLE_DEVICES.
 
-What no setting says, --idea does for all variants: a Python file whose install(script) changes
-train_gpt.py's module, as those in tools/ideas do.
+For what is not a setting, --idea takes a Python file, which holds for all variants: its
+install(script) changes train_gpt.py's module, as those in tools/ideas do.
 
 Each variant becomes a line of JSON on the standard output and in --out: steps, milliseconds of
 each, the mean training loss of the last tenth, and BPB in plain windows. With --averages there is
-one for each of these parts of a run, over which an exponential average of the weights looks back;
-else one, by what AVERAGE says. With --export also the grid's k and BPB after quantization, in plain
-windows and as EVAL_MODE and TTT_ENABLED say, of the average that was best; or the error that export
-ended with. What export costs can be compared on the same weights and calibration text: each
---requantize, a variant of quantization's settings, is a further export of every model, off the
-training clock.
+one BPB for each of these parts of a run, over which an exponential average of the weights looks
+back; without, one for the average that AVERAGE chooses. With --export, the line also has the grid's
+k and BPB after quantization, in plain windows and as EVAL_MODE and TTT_ENABLED say, for the best of
+these averages; or the error with which export ended. Each --requantize, a variant of quantization's
+settings, exports every model once more, off the training clock: so exports are compared on the same
+weights and calibration text.
 
     python -m tools.explore --export "as it is:" \\
         --requantize "7 bits: SDCLIP_K_INT8=32" --requantize "damped: GPTQ_DAMP=0.03"
@@ -300,13 +300,16 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("variants", nargs="+", metavar="NAME: SETTING=VALUE ...")
-    add("--averages", default="", metavar="PART,PART", help="of a run; else as AVERAGE says")
-    add("--every", type=int, default=10, metavar="STEPS", help="between those of --averages (10)")
-    add("--export", action="store_true", help="quantize, and score what the artifact holds")
-    again = "quantizes the same weights once more"
+    parts = "average over these parts of a run (default: as AVERAGE says)"
+    add("--averages", default="", metavar="PART,PART", help=parts)
+    every = "steps between updates of --averages (10)"
+    add("--every", type=int, default=10, metavar="STEPS", help=every)
+    add("--export", action="store_true", help="quantize, and score the artifact")
+    again = "quantize the same weights once more"
     add("--requantize", action="append", default=[], metavar="NAME: SETTING=VALUE ...", help=again)
-    add("--idea", type=Path, action="append", default=[], metavar="FILE", help="runs it first")
-    add("--out", type=Path, metavar="FILE", help="gets the lines of JSON, behind those it has")
+    idea = "change the script by this file first"
+    add("--idea", type=Path, action="append", default=[], metavar="FILE", help=idea)
+    add("--out", type=Path, metavar="FILE", help="append the lines of JSON to this file")
     given = parser.parse_args(arguments)
     given.averages = read_parts(given.averages) if given.averages else []
     if given.out:

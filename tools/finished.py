@@ -1,9 +1,9 @@
 """Finished runs as their logs tell them: read, and refused if they break a limit or disagree.
 
-A run's text log, the records beside it and its artifact must be of one mind, and runs that are set
-side by side must be of one script, with the same settings, machine and text. tools/package.py and
-tools/summary.py ask this of a submission's runs; what tables and plots set side by side, which may
-differ in more, is held against tools/logs.py alone.
+A run's text log, its records and its artifact must agree, and runs that are compared must have one
+script and the same settings, machine and text. tools/package.py and tools/summary.py check this for
+a submission's runs. Runs in tables and plots may differ in more, and are only checked by
+tools/logs.py.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from tools.contradictions import (
     LIMIT_SECONDS,
     RunLogs,
     inner_contradictions,
+    logged_hash,
     other_artifact,
     other_header,
     read_header,
@@ -305,7 +306,7 @@ def check_agreement(runs: list[Run]) -> None:
     """
     first = runs[0]
     # Data are compared below, as far as these logs tell them.
-    kinds = [Kind(run.path, run.settings, {}) for run in runs]
+    kinds = [Kind(run.path, run.settings, {}, logged_hash(run.logs)) for run in runs]
     refuse_repeats(kinds)
     for run, kind in zip(runs[1:], kinds[1:], strict=True):
         refuse_other_settings(kind, kinds[0])
@@ -314,6 +315,27 @@ def check_agreement(runs: list[Run]) -> None:
             need(ours == value, f"{run.path} ran with {name} {ours}, but {first.path} with {value}")
         check_same_text(first.path, first.final, run.path, run.final)
         check_same_data(first, run)
+    refuse_same_scores([(run.path, run.final) for run in runs])
+
+
+def refuse_same_scores(scores: list[tuple[Path, Score]]) -> None:
+    """Refuses two logs with one score, to the last digit: a copy, whatever seed it names."""
+    seen: dict[Score, Path] = {}
+    for path, score in scores:
+        other = seen.setdefault(score, path)
+        told = f"{path} has the score of {other}, to the last digit: one run is not two seeds"
+        need(other == path, told)
+
+
+def refuse_copies(paths: list[Path]) -> None:
+    """Refuses a log that is another's copy: the spread of two such is none.
+
+    Other scripts' logs tell no seed, and may have too few digits to tell runs by their scores.
+    """
+    seen: dict[bytes, Path] = {}
+    for path in paths:
+        other = seen.setdefault(read_bytes(path), path)
+        need(other == path, f"{path} is a copy of {other}")
 
 
 def check_same_data(first: Run, run: Run) -> None:

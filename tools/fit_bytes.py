@@ -1,16 +1,17 @@
-"""Fits the table by which a dry run tells an artifact's size: how much smaller a finished one is.
+"""Fits a dry run's table of corrections: how much smaller than predicted finished artifacts are.
 
     python -m tools.fit_bytes
 
-t.predict_bytes() of Gaussian weights is compared with the artifacts of the logs here, and, kind by
-kind, with the integers in data/tiny's artifact. The smallest corrections, in the sense of least
-squares, that explain the differences are printed as tools/dry_run.py has them. A run whose script
-did not code by asymmetric numeral systems yet, as its text log shows, does not count.
+What t.predict_bytes() says of Gaussian weights is compared with the artifacts of the logs here and,
+kind by kind, with the integers in data/tiny's artifact. The smallest corrections, by least squares,
+that explain the differences are printed in the form that tools/dry_run.py has. A run does not count
+if its text log shows that its script did not yet code by asymmetric numeral systems.
 """
 
 import functools
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ if not __package__:  # started by its path
 import train_gpt as t
 from tools import dry_run
 from tools.command import UserError, run_command
-from tools.logs import SEPARATOR, last_run
+from tools.logs import SEPARATOR, last_run, number_in
 from tools.pack_script import source_of
 
 ROOT = Path(t.__file__).resolve().parent
@@ -60,24 +61,31 @@ def settings_of(values: dict) -> t.Settings:
     return t.Settings(**known)
 
 
-def finished_runs() -> list[Finished]:
-    """Of all logs here, the runs that say how large their artifact was."""
+def finished_runs(logs: Iterable[Path] | None = None) -> list[Finished]:
+    """Of some logs, or all here, the runs of GPTQ that say how large their artifact was."""
     runs = []
-    for path in sorted([*(ROOT / "logs").rglob("*.jsonl"), TINY / "tiny.jsonl"]):
+    logs = (ROOT / "logs").rglob("*.jsonl") if logs is None else logs
+    for path in sorted([*logs, TINY / "tiny.jsonl"]):
         try:
             events = last_run(path)
         except UserError:
             continue  # lines of tools.explore, which are no records
+        if not {"settings", "trained"} <= events.keys():
+            continue  # it is not that of a whole run
         text = path.with_suffix(".txt")
         script = text.read_bytes().rpartition(SEPARATOR.encode())[0] if text.is_file() else b""
         coded = not script or b"ANS_LANES" in source_of(script)
-        if "trained" in events and coded:
-            trained = events["trained"]
-            size = trained["bytes_total"] - trained["bytes_code"]
-            settings = settings_of(events["settings"]["settings"])
-            if "shared_tables" not in events["settings"]["settings"]:  # which are as old
-                size -= round(FORMER_BYTES * count_rows(settings))
-            runs.append(Finished(path.stem, settings, trained["sdclip_k"], size))
+        values, trained = events["settings"].get("settings", {}), events["trained"]
+        names = ("bytes_total", "bytes_code", "sdclip_k")
+        total, code, k = (number_in(trained, name) for name in names)
+        if not coded or None in (total, code, k):
+            continue
+        settings = settings_of(values)
+        size = int(total - code)
+        if "shared_tables" not in values:  # which are as old
+            size -= round(FORMER_BYTES * count_rows(settings))
+        if settings.quantizer == "gptq":  # the table is for no other
+            runs.append(Finished(path.stem, settings, k, size))
     return runs
 
 

@@ -1,14 +1,14 @@
-"""Successive halving: how a budget of GPU-seconds is spent on variants of which few are good.
+"""Successive halving: how to spend a budget of GPU-seconds when only a few variants are good.
 
 All variants train to a first rung, a part of their run. The better half of them goes on to the next
-rung, which is twice as far, and so on; what is left trains to the end and is scored. The rungs of
+rung, which is twice as far, and so on; the rest trains to the end and is scored. The rungs of
 two halvings are a quarter and a half of the run. The base, with which the table compares, goes on
 whatever its loss. (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and
 Hyperparameter Optimization", 2016.)
 
-Variants are compared by what they have at the rung, all at the same part of their own training
-clock: the mean training loss over the last quarter of the way there, and of this the mean over
-their seeds. A whole variant stops, not a seed of it: means over the luckier seeds compare nothing.
+Variants are compared at the same part of their own training clocks: by the mean training loss over
+the last quarter of the way to the rung, averaged over their seeds. A whole variant stops, never one
+of its seeds: means over the luckier seeds would compare nothing.
 """
 
 import math
@@ -32,7 +32,7 @@ class Rung:
     """What was found at a rung, and decided."""
 
     place: float  # the part of the run
-    losses: dict[str, float | None]  # by variant, nats per token; None: no run came so far
+    losses: dict[str, float | None]  # by variant, nats per token; None: no run has one so far
     stopped: list[str]  # variants
     worst_kept: str  # of the others, but for the base
 
@@ -41,7 +41,7 @@ class Rung:
         mine = self.losses[variant]
         best = self.losses[self.worst_kept]
         if mine is None:
-            return f"stopped at {self.place:.1%}: no run came so far"
+            return f"stopped at {self.place:.1%}: no run came so far with a finite loss"
         other = f"{self.worst_kept}, the last to go on, had {best:.4f}"
         return f"stopped at {self.place:.1%} of its run: training loss {mine:.4f}; {other}"
 
@@ -84,9 +84,11 @@ def loss_at(curve: list[dict], place: float) -> float | None:
     """Mean training loss over the last quarter of the way to the place, a part of the run.
 
     curve holds a log's records of training. Where none is in that quarter, the last one before it
-    counts; None without one.
+    counts; None without one. A loss that is not finite, of a step that was skipped, is neither high
+    nor low, and left out.
     """
-    before = [record for record in curve if record["progress"] <= place]
+    finite = [record for record in curve if math.isfinite(record["train_loss"])]
+    before = [record for record in finite if record["progress"] <= place]
     near = [record for record in before if record["progress"] > (1 - WINDOW) * place]
     losses = [record["train_loss"] for record in near or before[-1:]]
     return statistics.fmean(losses) if losses else None

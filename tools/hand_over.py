@@ -1,9 +1,9 @@
-"""What train_gpt.py --dry-run and --rehearse start: a tool, for the script that was asked.
+"""Starts a tool for train_gpt.py --dry-run or --rehearse, with the script that was started so.
 
     python tools/hand_over.py --dry-run packed/train_gpt.py --k 8     # as the script itself does
 
-Tools import train_gpt. Here that is the file which is given, of whatever name, in whatever folder,
-packed or not: its own bytes count. The current folder stays the user's, as relative paths need it.
+Tools import train_gpt. Here that is the given file, whatever its name and folder, packed or not:
+its own bytes count. The current folder stays the user's, since relative paths depend on it.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
 """What is known of the contest's validation text and tokenizers, from data/known.json.
 
-A folder can be called anything: what says that FineWeb was scored are the number of its documents,
-its bytes and tokens, and SHA-256 of shards and tokenizer. Where the table has no SHA-256 yet, the
-counts alone are compared, and whoever compares says so.
+A folder can have any name. That FineWeb was scored is shown by the number of its documents, its
+bytes and tokens, and the SHA-256 of shards and tokenizer. Where the table has no SHA-256 yet, only
+the counts are compared, and whoever compares says so.
 """
 
 import json

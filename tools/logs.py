@@ -1,10 +1,10 @@
 """Reads a run's logs: LOG_DIR/RUN_ID.txt for people, RUN_ID.jsonl for programs.
 
-The text log begins with the script that ran, a line of 100 = ends it, and messages follow. The
-other one holds a JSON object a line, a record, whose "event" says what happened. Both are appended
-to: a file may hold several runs, and the last of them counts.
+The text log begins with the script that ran; after a line of 100 = the messages follow. The other
+log has a record on each line, a JSON object whose "event" says what happened. Runs append to both:
+a file may contain several runs, and the last of them counts.
 
-A start that only evaluates a trained artifact again belongs to the start that trained, in both.
+In both, a start that only evaluates a trained artifact again belongs to the start that trained.
 """
 
 import json
@@ -150,6 +150,17 @@ def number_in(record: dict, name: str) -> float | None:
     return float(value) if abs(value) <= sys.float_info.max else None  # NaN is not either
 
 
+def ended_by_steps(events: dict[str, dict]) -> bool:
+    """Whether ITERATIONS ended a run's training, and not its clock, MAX_WALLCLOCK_SECONDS.
+
+    It then trained for less than that clock says. A log that does not tell was not.
+    """
+    settings = events.get("settings", {}).get("settings", {})
+    steps = number_in(events.get("trained", {}), "steps")
+    most = number_in(settings, "iterations")
+    return None not in (steps, most) and steps >= most
+
+
 def is_resumed(start: list[dict]) -> bool:
     """Whether a start took up a checkpoint."""
     return any(record["event"] == "resumed" for record in start)
@@ -192,6 +203,7 @@ class Kind(NamedTuple):
     # SHA-256 of validation shards and tokenizer, sorted; a digest of the training shards' names
     # and lengths, where the log tells it: not that of EVAL_ONLY.
     data: dict[str, list[str]]
+    artifact: str = ""  # its SHA-256, where the log tells it
 
 
 def kind_of(log: Path, events: dict[str, dict]) -> Kind:
@@ -199,7 +211,8 @@ def kind_of(log: Path, events: dict[str, dict]) -> Kind:
     sums = {name: sorted(events["hashes"][name].values()) for name in ("validation", "tokenizer")}
     training = events.get("training_data", {}).get("digest")
     sums |= {"training text": [training]} if training else {}
-    return Kind(log, events["settings"]["settings"], sums)
+    artifact = str(events["final"].get("artifact_sha256", "")) if "final" in events else ""
+    return Kind(log, events["settings"]["settings"], sums, artifact)
 
 
 def refuse_other_settings(one: Kind, first: Kind, may_differ: set[str] = MAY_DIFFER) -> None:
@@ -220,12 +233,16 @@ def refuse_other_data(runs: list[Kind]) -> None:
 
 
 def refuse_repeats(runs: list[Kind]) -> None:
-    """Raises UserError for two runs of one kind that have the same clock and seed.
+    """Raises UserError for two runs of one kind that have the same clock and seed, or artifact.
 
     One of them may be the other's copy: the spread of the two is not that of two seeds.
     """
     seen: dict[tuple, Path] = {}
+    artifacts: dict[str, Path] = {}
     for run in runs:
+        other = artifacts.setdefault(run.artifact, run.log) if run.artifact else run.log
+        twice = f"{run.log} has the artifact of {other}, by its SHA-256: one run is not two seeds"
+        need(other == run.log, twice)
         clock, seed = (run.settings.get(name) for name in ("max_wallclock_seconds", "seed"))
         told = f"{run.log} has SEED={seed} at {float(clock):g} s, as {seen.get((clock, seed))} has"
         need((clock, seed) not in seen, told)

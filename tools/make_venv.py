@@ -1,10 +1,11 @@
 """Makes .venv with torch in it: python3 -m tools.make_venv
 
 `make` calls this. A torch that is already there is reused: the one in .venv, or that of the Python
-which runs this script, which a new .venv then shares. Otherwise torch is installed; without an
-NVIDIA GPU, a CPU build where one can be had, because the ordinary Linux build brings gigabytes of
-CUDA libraries; a line says so before these come. TORCH="torch==2.11.0" in the environment asks for
-that release and shares nothing, TORCH="torch==2.11.0+cpu" for none but its CPU build.
+which runs this script, which a new .venv then shares. Otherwise torch is installed. Without an
+NVIDIA GPU that is a CPU build, if one can be had, because the ordinary Linux build brings gigabytes
+of CUDA libraries; a line says so before these are downloaded. TORCH="torch==2.11.0" in the
+environment asks for that release and shares nothing, TORCH="torch==2.11.0+cpu" for its CPU build
+alone.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""What data/prepare.py left beside the shards, as far as it is of the shards that a run read.
+"""The manifest that data/prepare.py left beside shards, if it describes those that a run read.
 
 manifest.json names every shard with its SHA-256, says where the text is from, and counts the
-validation documents that are training documents too. A run's log holds counts, a digest of the
-training shards' names and lengths and, where they were known, the SHA-256 of every shard: a
-manifest that does not fit them is of other data.
+validation documents that are training documents, too. A run's log has counts, a digest of the
+training shards' names and lengths and, where they were known, the SHA-256 of every shard. A
+manifest that does not fit these belongs to other data.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def read_manifest(path: Path, events: dict[str, dict]) -> Manifest:
             path=path,
             train=sums["train"],
             validation=sums["val"],
-            overlap=found["overlap"]["documents"],
+            overlap=read_overlap(found),
             tokenizer_sha256=found["tokenizer"]["sha256"],
             source=json.dumps(found["source"], ensure_ascii=False),
         )
@@ -76,6 +76,14 @@ def read_manifest(path: Path, events: dict[str, dict]) -> Manifest:
             other = f"{path} has another SHA-256 of {name} than the log"
             need(not sha256 or sums.get(name) == sha256, other)
     return manifest
+
+
+def read_overlap(manifest: dict) -> int:
+    """How many validation documents are training documents. Raises ValueError if it is no count."""
+    overlap = manifest["overlap"]["documents"]
+    if type(overlap) is not int or overlap < 0:
+        raise ValueError("no count")
+    return overlap
 
 
 def digest_of(lengths: dict[str, int]) -> str:

@@ -1,19 +1,19 @@
 """Packs train_gpt.py, as it is, into a third of its bytes: an optional step before a submission.
 
     python -m tools.pack_script                   # writes packed/train_gpt.py
-    python packed/train_gpt.py                    # runs as train_gpt.py does; so under torchrun
+    python packed/train_gpt.py                    # runs as train_gpt.py does, under torchrun, too
     python -m tools.pack_script --check FILE      # is FILE train_gpt.py, packed? 1 if not
 
-The contest counts the script's bytes with the artifact's. What is written is a Python file that
-holds the whole readable source, comments and all, and runs it in its own place: same settings,
-output and weights, tracebacks with the source's lines. Its first lines say how to read the source
-without running anything. The readable file stays the one to read, to change, to run every day.
+The contest counts the script's bytes with the artifact's. This writes a Python file that contains
+the whole readable source, comments included, and runs it in its own place: same settings, output
+and weights, and tracebacks with the source's lines. Its first lines say how to read the source
+without running anything. Read, change and run the readable file as before.
 
 --check decodes FILE without running it. Apart from the compressed source, every byte must be what
 this module writes, and the source must be --script's.
 
-To train_gpt.py the two are two scripts, whose SHA-256 differ: ranks of one run must all have the
-same, and EVAL_ONLY says that a run was another's. Checkpoints and artifacts serve both.
+To train_gpt.py these are two scripts with different SHA-256: all ranks of one run must have the
+same one, and EVAL_ONLY says so if the other one made the run. Checkpoints and artifacts fit both.
 """
 
 import argparse
@@ -194,7 +194,8 @@ def main() -> int:
     out = Path("packed", "train_gpt.py")
     parser.add_argument("--script", type=Path, default=script, metavar="FILE", help="what to pack")
     parser.add_argument("--out", type=Path, default=out, metavar="FILE", help=f"default: {out}")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="writes nothing")
+    check = "only say whether FILE is that script, packed"
+    parser.add_argument("--check", type=Path, metavar="FILE", help=check)
     given = parser.parse_args()
     if given.check:
         status, line = checked(given.check, given.script)

@@ -5,13 +5,13 @@
 
 With --baseline, it says whether the gain is significant.
 
-FOLDER (records/TRACK/DATE_NAME if it is not given) gets the script as the logs hold it (and, if
-that is packed, its readable source, which it is compared with: tools/pack_script.py), the logs,
-requirements.txt, submission.json and a README.md with results and with what was checked. Nothing is
-written unless every run keeps the contest's limits, its two logs, its artifact and their figures
-agree with each other, and all are runs of one script with the same settings. What is not three
-seeds of FineWeb's whole validation text on 8×H100, or leaves unsaid what a reviewer must know, is
-packaged as non-record, with the reasons. What a log claims, only tools.audit can prove.
+FOLDER (default: records/TRACK/DATE_NAME) gets the logs, the script that they contain (and, if that
+is packed, its readable source, with which it is compared: tools/pack_script.py), requirements.txt,
+submission.json and a README.md with the results and with what was checked. Nothing is written
+unless every run keeps the contest's limits, its two logs, its artifact and their figures agree, and
+all runs have one script and the same settings. Anything other than three seeds of FineWeb's whole
+validation text on 8×H100 is packaged as non-record, and so are logs that do not say what a reviewer
+must know; the reasons are given. Only tools.audit can prove what a log claims.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from tools.finished import (
     read_bytes,
     read_run,
     read_text,
+    refuse_copies,
 )
 from tools.known import variant_of
 from tools.logs import OUTPUTS, spread
@@ -398,7 +399,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     text = "the folder to make; default: records/TRACK/DATE_NAME"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=text)
-    parser.add_argument("--name", help="of the entry; default: submission.json's")
+    parser.add_argument("--name", help="name of the entry; default: submission.json's")
     parser.add_argument("--author", help="default: submission.json's")
     parser.add_argument("--github-id", help="default: submission.json's")
     parser.add_argument("--blurb", help="a sentence or two on the entry; default: its result")
@@ -409,15 +410,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--script",
         type=Path,
         default=ROOT / "train_gpt.py",
-        help="what must have run; default: ours",
+        help="script that the runs must have; default: ours",
     )
-    text = "artifacts that do not lie where they were written or beside their logs"
+    text = "artifacts that are neither where they were written nor beside their logs"
     parser.add_argument("--artifacts", nargs="+", type=Path, default=[], metavar="FILE", help=text)
     text = "logs of earlier parts of runs that were resumed under another name"
     parser.add_argument("--parts", nargs="+", type=Path, default=[], metavar="LOG", help=text)
-    text = "a tokenizer of one's own, if it does not lie where the runs read it"
+    text = "your own tokenizer, if it is not where the runs read it"
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=text)
-    text = "manifest.json of the data, if it does not lie where the runs read their shards"
+    text = "manifest.json of the data, if it is not where the runs read their shards"
     parser.add_argument("--manifest", type=Path, metavar="FILE", help=text)
     parser.add_argument("--force", action="store_true", help="replace FOLDER and all that is in it")
     return parser.parse_args(arguments)
@@ -426,16 +427,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def entry_fields(given: argparse.Namespace, runs: list[Run]) -> dict:
     """Author, name and blurb.
 
-    A blurb of submission.json is about other runs, so it is not taken over.
+    A blurb of submission.json is about other runs, so it is not taken over. Raises UserError for a
+    name, author or id that is no line of text: it heads the README and fills a field.
     """
     path = ROOT / "submission.json"
     try:
         known = json.loads(read_text(path)) if path.exists() else {}
     except ValueError:
         raise UserError(f"{path} is not JSON") from None
+    need(isinstance(known, dict), f"{path} holds no fields of an entry")
     fields = {}
     for name in ("author", "github_id", "name"):
-        fields[name] = getattr(given, name) or known.get(name)
+        value = getattr(given, name) or known.get(name)
+        line = value is None or (isinstance(value, str) and value.isprintable())
+        need(line, f"--{name.replace('_', '-')}: {value!r} is no line of text")
+        fields[name] = value
     for name in ("author", "name"):
         need(fields[name], f"--{name} is missing, and submission.json has none")
     bpb = statistics.fmean(run.final.val_bpb for run in runs)
@@ -476,6 +482,7 @@ def compare(runs: list[Run], baseline: list[Path]) -> str:
     """What the gain over the baseline's runs is worth, in sentences."""
     losses = []
     seeds = []
+    refuse_copies(baseline)
     for path in baseline:
         score, seed, settings = read_baseline(path)
         check_same_text(runs[0].path, runs[0].final, path, score)

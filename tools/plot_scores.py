@@ -3,12 +3,12 @@
     python -m tools.plot_scores logs/*.jsonl --out docs/scores.png \\
         --mark 1.3103 "published entry, 180 s"
 
-Every run is a point at its training clock, with its name: BPB before quantization and the final
-one. Runs whose settings differ in SEED and names only are one point, their mean, with the sample
-standard deviation. A line joins points that differ in the clock alone: same script, same other
-settings. The title says which text was scored, if the logs do; --title says it for older ones.
---mark draws a score that was measured elsewhere as a horizontal line. Needs matplotlib
-(requirements-dev.txt).
+Every run is drawn at its training clock (or, if ITERATIONS ended it earlier, at the time it took),
+with its name and two scores: BPB before quantization and in the end. Runs whose settings differ
+only in SEED and names are one point, their mean, with the sample standard deviation. A line joins
+points that differ only in the clock: same script, same other settings. The title says which text
+was scored, if the logs do; --title says it for older ones. --mark draws a score that was measured
+elsewhere as a horizontal line. Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
@@ -26,7 +26,7 @@ if not __package__:  # started by its path
 
 from tools import known
 from tools.command import Parser, UserError, need, need_place, run_command, write_picture
-from tools.logs import last_run, logs_of_training, number_in, split_text, spread
+from tools.logs import ended_by_steps, last_run, logs_of_training, number_in, split_text, spread
 
 NAMES = {"run_id", "seed", "log_dir", "artifact", "overwrite"}  # no part of what was measured
 CLOCK = "max_wallclock_seconds"
@@ -78,7 +78,9 @@ def read_points(paths: list[Path]) -> list[Point]:
         try:
             settings = events["settings"]["settings"]
             scores = {kind: number_in(events[event], "val_bpb") for kind, event in KINDS.items()}
-            seconds = settings[CLOCK]
+            clock = settings[CLOCK]
+            took = number_in(events["trained"], "train_clock_seconds")
+            seconds = took if ended_by_steps(events) and took is not None else clock
             series = script_of(path, events["settings"]) + same_but_seed(settings, {CLOCK})
             name = str(settings["run_id"])
             text = text_of(events.get("validation_data"))
@@ -86,7 +88,7 @@ def read_points(paths: list[Path]) -> list[Point]:
             raise UserError(f"{path} is not the .jsonl log of a finished run") from None
         need(None not in scores.values(), f"{path} has no score: its val_bpb is no number")
         new = Point(seconds, series, text, [], [], {kind: [] for kind in KINDS})
-        point = points.setdefault((seconds, text, same_but_seed(settings, set())), new)
+        point = points.setdefault((clock, text, same_but_seed(settings, set())), new)
         # One log twice would have no spread, and pass for two seeds.
         seed = settings.get("seed")
         again = seed in point.seeds
@@ -160,7 +162,7 @@ def main() -> int:
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="a run's .jsonl")
     parser.add_argument("--out", required=True, type=Path, metavar="PNG")
     parser.add_argument("--mark", nargs=2, action="append", default=[], metavar=("BPB", "TEXT"))
-    parser.add_argument("--title", help="in place of which text the logs say was scored")
+    parser.add_argument("--title", help="the text that was scored, instead of what the logs say")
     options = parser.parse_args()
     need_place(options.out, *options.logs, ending=".png")
     points = read_points(options.logs)

@@ -1,12 +1,12 @@
-"""A run in small, on its own data, machine and ranks, before it is paid for.
+"""A small run on the same data, machine and ranks as the whole one, before that is paid for.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py --rehearse
 
-With the environment's settings a run is started that ends after 20 steps. In the middle it is told
-to stop, as by a scheduler, leaves a checkpoint, and goes on from that; it exports, loads what it
+With the environment's settings, it starts a run that ends after 20 steps. Halfway, the run is told
+to stop, as by a scheduler, leaves a checkpoint, and goes on from that. It exports, loads what it
 has exported, scores three chunks of the validation text and adapts to two. All of this is done by
-the run's own functions. Files go to a folder in LOG_DIR, which is removed in the end. Then it says
-what the whole run will need of time, memory and disk, and ends with status 2 if that is not there.
+the run's own functions. Files go to a folder in LOG_DIR, which is removed at the end. Then it says
+how much time, memory and disk the whole run will need, and ends with status 2 if that is not there.
 """
 
 import contextlib

@@ -3,11 +3,11 @@
     python -m tools.runs logs/                           # every run in a folder and those below it
     python -m tools.runs logs/lr-*.jsonl --plot curves.png --csv runs.csv
 
-A row is the last run in a log: its name, steps and how long one took, BPB before quantization,
+A row is the last run in a log: its name, its steps and the time of one, BPB before quantization,
 after it and in the end, bytes of code and model, how far the run came, and the settings in which
-the runs differ. Runs that were scored on different texts stand in tables of their own. --sort
-orders by another column. --plot draws the training losses by step, by second of training and by
-token (requirements-dev.txt); --csv writes all in one table for programs, in full digits.
+the runs differ. Each text that was scored has a table of its own. --sort orders by another column.
+--plot draws the training losses by step, by second of training and by token (needs
+requirements-dev.txt). --csv writes all runs in one table for programs, with all digits.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def read_run(path: Path) -> Run:
 
 def is_number(value) -> bool:
     """Whether it is one, as a run writes it: NaN and infinity, where training diverged, too."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def read_losses(starts: list[list[dict]]) -> list[dict]:
@@ -259,13 +259,19 @@ def smoothed(values: list[float]) -> list[float]:
     return means
 
 
+def finite_losses(run: Run) -> list[float]:
+    """Of training, without those of steps that were skipped, as where a run diverged."""
+    losses = [number_in(record, "train_loss") for record in run.losses]
+    return [loss for loss in losses if loss is not None]
+
+
 def plot(runs: list[Run], out: Path) -> None:
     """Training losses by step, by second on the training clock and by token, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    drawn = [run for run in runs if run.losses]
+    drawn = [run for run in runs if finite_losses(run)]
     need(drawn, "no run has a training loss to draw")
     for number, run in enumerate(drawn):
         # There are ten colours; each ten runs have a stroke of their own.
@@ -276,7 +282,7 @@ def plot(runs: list[Run], out: Path) -> None:
         losses = smoothed([record["train_loss"] for record in run.losses])
         for one, x in zip(axes, (steps, seconds, tokens), strict=True):
             one.plot(x, losses, label=run.name, linewidth=1, **style)
-    lowest = min(record["train_loss"] for run in drawn for record in run.losses)
+    lowest = min(min(finite_losses(run)) for run in drawn)
     for one, label in zip(axes, ("step", "second of training", "million tokens"), strict=True):
         one.set(xlabel=label, ylim=(lowest - 0.1, lowest + 1.5))
         one.grid(alpha=0.3)

@@ -2,22 +2,22 @@
 
     python -m tools.scaling --ours logs/h-*.jsonl --twin logs/t-*.jsonl --to 4800 --out lead.png
 
-Logs are of finished runs; those of a kind differ in MAX_WALLCLOCK_SECONDS and SEED alone, those of
-both kinds have the same text, tokenizer and GPUs, by what the logs say: others are refused. A run's
-seconds are those of all its GPUs together, without EXPORT_RESERVE_SECONDS, and its score is BPB
-before quantization:
+Logs are of finished runs. Runs of a kind may differ only in MAX_WALLCLOCK_SECONDS and SEED, and
+runs of both kinds must have the same text, tokenizer and GPUs, by what the logs say: others are
+refused. A run's seconds are those of all its GPUs together, without EXPORT_RESERVE_SECONDS, and its
+score is BPB before quantization:
 
     bpb(seconds) = floor + scale · seconds^(-power)
 
-by least squares with a floor of at least 0, at least three different clocks. A run that read its
-training text more than 1.2 times learns from repetition, which unlimited text would not give: it is
-drawn, and not fitted. Intervals hold 90 of 100 refits, each of the fitted curve with noise of the
-size that the runs show around it; three runs show none, and have no interval. First the curve is
-tested: it is fitted without the longest clock and foretells that one. A kind whose interval does
-not hold what was measured there has failed: of it nothing ahead can be believed, which the table
-and the picture say. Then the table has BPB of both kinds and the lead, at the clocks measured and
-at --to. The picture's curves are broken lines beyond the clocks measured. Needs matplotlib
-(requirements-dev.txt).
+This is fitted by least squares with a floor of at least 0, to at least three different clocks. A
+run that read its training text more than 1.2 times learns from repetition, which unlimited text
+would not give: it is drawn but not fitted. Intervals contain 90 of 100 refits, each to the fitted
+curve with noise of the size that the runs show around it; three runs show none, and have no
+interval. First the curve is tested: it is fitted without the longest clock and predicts that one. A
+kind fails if its interval does not contain what was measured there; then its predictions cannot be
+believed, and the table and the picture say so. Then the table has the BPB of both kinds and the
+lead, at the clocks measured and at --to. Beyond the clocks measured, the picture's curves are
+broken lines. Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
@@ -35,6 +35,7 @@ if not __package__:  # started by its path
 from tools.command import Parser, UserError, need, need_place, run_command, write_picture
 from tools.logs import (
     Kind,
+    ended_by_steps,
     kind_of,
     last_run,
     logs_of_training,
@@ -100,8 +101,8 @@ def read_run(path: Path) -> Run:
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise UserError(f"{path} is not the .jsonl log of a finished run") from None
     need(bpb is not None and bpb > 0, f"{path} has no score: its val_bpb is no number above 0")
-    by_clock = run.seconds > 0 and math.isfinite(run.seconds)
-    need(by_clock, f"{path} was not trained by the clock, MAX_WALLCLOCK_SECONDS")
+    by_clock = run.seconds > 0 and math.isfinite(run.seconds) and not ended_by_steps(events)
+    need(by_clock, f"{path} was not trained to the end of its clock, MAX_WALLCLOCK_SECONDS")
     return run
 
 
@@ -271,8 +272,9 @@ def read_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--ours", nargs="+", type=Path, required=True, metavar="LOG", help="runs' .jsonl")
     add("--twin", nargs="+", type=Path, required=True, metavar="LOG", help="runs to compare with")
-    add("--to", type=float, default=4800, metavar="SECONDS", help="of all GPUs together (4800)")
-    add("--seed", type=int, default=0, help="of the refits' noise (0)")
+    seconds = "how far to look ahead, in seconds of all GPUs together (4800)"
+    add("--to", type=float, default=4800, metavar="SECONDS", help=seconds)
+    add("--seed", type=int, default=0, help="seed of the refits' noise (0)")
     add("--out", type=Path, required=True, metavar="PNG")
     given = parser.parse_args()
     need(0 < given.to <= FARTHEST, f"--to {given.to} should be above 0, at most {FARTHEST:g}")

@@ -29,16 +29,16 @@ INTRODUCTION = """\
 Made from `train_gpt.py` by `python -m tools.settings_page`; a test keeps it true.
 
 A setting is an environment variable, read once when a run starts. `PRESET` chooses a set of
-defaults, and every other variable goes before it:
+defaults, and every other variable overrides it:
 
     PRESET=short SEED=42 MATRIX_LR=0.03 torchrun --standalone --nproc_per_node=1 train_gpt.py
 
 A value outside its bounds ends the run with one line, and so does a name that is one letter off a
-setting's or begins as only settings do. Other variables are let be, and most settings that others
-leave without effect; a run's log begins with those given. A default that cannot go with a given
-setting yields to it, as `TRELLIS_STATES` to `QUANTIZER=round` or `EVAL_MODE` to `TTT_LR`, and the
-log says so; two given ones that contradict each other end the run. Lists of layers are `all`,
-`none` or such as `0,2-4`. `python train_gpt.py --help` says the same as this page.
+setting's or begins as only settings do. Other variables are ignored, and so are most settings that
+have no effect because of others; a run's log begins with those given. A default that cannot go with
+a given setting yields to it, as `TRELLIS_STATES` to `QUANTIZER=round` or `EVAL_MODE` to `TTT_LR`,
+and the log says so; two given ones that contradict each other end the run. Lists of layers are
+`all`, `none` or such as `0,2-4`. `python train_gpt.py --help` says the same as this page.
 """
 
 GROUPS = {

@@ -1,8 +1,8 @@
 """Whether a score is better than a baseline's, by the two tests that the contest's rules name.
 
 Both are Welch's one-sided t-test, since groups of few runs may differ in variance. A record must
-beat the one before by more than 0.005 nats at p < 0.01; where an entry stands against the best one
-of the day, the organizers asked for p < 0.25 that it is better at all.
+beat the one before by more than 0.005 nats at p < 0.01. For an entry that is compared with the best
+one of the day, the organizers asked for p < 0.25 that it is better at all.
 """
 
 import statistics
@@ -51,8 +51,6 @@ def gain_text(ours: list[float], baseline: list[float]) -> str:
     untested = f"{means}. Whether this is a gain cannot be tested:"
     if min(len(ours), len(baseline)) < 2:
         return f"{untested} that takes two runs or more on each side."
-    if len(set(ours)) == len(set(baseline)) == 1:
-        return f"{untested} the runs on each side do not differ."
     verdicts = [verdict(test, ours, baseline) for test in (RECORD, FRONTIER)]
     return f"{means}. Welch's one-sided test: {'; '.join(verdicts)}."
 

@@ -2,9 +2,9 @@
 
     python -m tools.summary logs/demo.jsonl
 
-The scores and how much text they are of, how long a step took, the bytes of code and model, and
-what the model writes if the run was asked for a sample. Of several runs in the file, the last one
-counts.
+These are the scores and the amount of text that they are of, the time of a step, the bytes of code
+and model, and the text that the model wrote if the run was asked for a sample. If the file has
+several runs, the last one counts.
 """
 
 import argparse
@@ -85,7 +85,8 @@ def scored_text(counts: dict | None) -> str:
 def longer_command(started: dict) -> str:
     """What trains the same model for ten minutes, with the settings that the run was given."""
     settings = given_settings(started)
-    for name in ("EVAL_ONLY", "ARTIFACT", "OVERWRITE", "RESUME", "ITERATIONS"):  # of that run
+    own = ("EVAL_ONLY", "ARTIFACT", "EVAL_NLL_PATH", "OVERWRITE", "RESUME", "ITERATIONS")
+    for name in own:  # of that run
         settings.pop(name, None)
     settings["RUN_ID"] += "-longer"
     settings["MAX_WALLCLOCK_SECONDS"] = "600"

@@ -2,13 +2,13 @@
 
     python -m tools.token_scores --ours logs/h-*.jsonl --twin logs/t-*.jsonl --out where.json
 
-Logs are of finished runs of two kinds, which differ in MAX_WALLCLOCK_SECONDS and SEED and wrote
-EVAL_NLL_PATH with EVAL_MODE=plain TTT_ENABLED=0: scores of their artifacts in windows side by side,
-with frozen weights. That file is read where the run wrote it, or else beside the log, and text and
-tokenizer where the runs had them, unless --data and --tokenizer say where they are now. Scores
-whose mean is not the log's, and logs of other text, tokens or windows, are refused.
+Logs are of finished runs of two kinds. Runs of a kind differ in MAX_WALLCLOCK_SECONDS and SEED, and
+all wrote EVAL_NLL_PATH with EVAL_MODE=plain TTT_ENABLED=0: scores of their artifacts in windows
+side by side, with frozen weights. That file is read where the run wrote it, or else beside the log.
+Text and tokenizer are read where the runs had them, unless --data and --tokenizer say where they
+are now. Scores whose mean is not the log's, and logs of other text, tokens or windows, are refused.
 
-Each table parts the scored tokens, but those that end a document (BOS), which are a row by
+Each table divides the scored tokens, except for those that end a document (BOS), which are a row by
 themselves:
 
     position    the token's number in its document, whose first one is BOS
@@ -19,13 +19,13 @@ themselves:
     distance    tokens back to where the token could be seen last
     both        frequency, for tokens that could and that could not be seen before
 
-A row has, for each clock (of several seeds, the means): nats a token of both kinds; the lead, twin
-minus ours; the row's share of the whole lead; and bits per byte that it adds to the lead, with what
-that has changed since the shortest clock. Leads and changes of a table's rows sum up to the whole
-ones. Behind ± is the standard error that has documents as units: what another text would change.
-Behind a second one, where a clock has two seeds, is what other seeds would, by their spread, taken
-to be the same at all clocks and for both kinds. Prints Markdown, where twin is ours plus the lead;
---out has all figures as JSON.
+For each clock (with several seeds, as means), a row has the nats a token of both kinds; the lead,
+twin minus ours; the row's share of the whole lead; and the bits per byte that it adds to the lead,
+with their change since the shortest clock. The leads and changes of a table's rows sum up to the
+whole ones. After ± is the standard error with documents as units: what another text would change.
+Where a clock has two seeds, a second ± gives what other seeds would change: the seeds' spread,
+assumed to be the same at all clocks and for both kinds. Prints Markdown, where twin is ours plus
+the lead; --out has all figures as JSON.
 """
 
 import argparse
@@ -45,7 +45,15 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from tools.command import Parser, UserError, need, need_place, run_command, write_whole
-from tools.logs import Kind, kind_of, last_run, number_in, refuse_other_data, refuse_other_runs
+from tools.logs import (
+    Kind,
+    ended_by_steps,
+    kind_of,
+    last_run,
+    number_in,
+    refuse_other_data,
+    refuse_other_runs,
+)
 
 POSITIONS = (64, 256, 1024, 2048)  # the last number of each row but one
 DISTANCES = (16, 64, 256, 1024)
@@ -92,14 +100,14 @@ def read_run(path: Path) -> Run:
         scored = [number_in(final, name) for name in ("val_loss", "val_bpb")]
         run = Run(path, settings, *scored, kind_of(path, events))
         missing = {*WINDOWS, "seed"} - settings.keys()
-        trained = run.clock > 0
+        trained = run.clock > 0 and not ended_by_steps(events)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not the .jsonl log of a finished run") from None
     need(None not in scored, f"{path} has no score: its val_loss or val_bpb is no number")
     need(not missing, f"{path} is of another script: it does not say {' '.join(missing)}")
     need(scores, f"{path} kept no scores: it wants EVAL_NLL_PATH")
     need(mode == "plain", f"{path} scored {mode}, not EVAL_MODE=plain TTT_ENABLED=0")
-    need(trained, f"{path} was not trained by the clock, MAX_WALLCLOCK_SECONDS")
+    need(trained, f"{path} was not trained to the end of its clock, MAX_WALLCLOCK_SECONDS")
     return run
 
 
@@ -499,8 +507,8 @@ def main() -> int:
     add = parser.add_argument
     add("--ours", nargs="+", type=Path, required=True, metavar="LOG", help="runs' .jsonl")
     add("--twin", nargs="+", type=Path, required=True, metavar="LOG", help="runs to compare with")
-    add("--data", default="", metavar="FOLDER", help="of the runs' shards, if it was moved")
-    add("--tokenizer", default="", metavar="FILE", help="the runs', if it was moved")
+    add("--data", default="", metavar="FOLDER", help="folder of the runs' shards, if it was moved")
+    add("--tokenizer", default="", metavar="FILE", help="the runs' tokenizer, if it was moved")
     add("--out", type=Path, required=True, metavar="JSON")
     given = parser.parse_args()
     kinds = read_kinds(given.ours, given.twin)

@@ -4,21 +4,21 @@
         [--script FILE] [--checks score,causal] [--fresh FILE] [--text FILE] [--held-out SHARD]
         [--train FOLDER] [--isolation LEVEL]
 
-FOLDER holds the validation shards. Settings of the evaluation are the log's, or environment
-variables, as for the script. What is being done, and how long it will take, is said on standard
-error. The script is never loaded into this process: every evaluation has a process of its own, in
-a cell where the kernel refuses other files and the network (tools/audit/cell.py). Each row says
-whether it is proved, evidence, or claimed only, and what no row can show stands below
+FOLDER contains the validation shards. Settings of the evaluation come from the log or from
+environment variables, as for the script. Standard error says what is being done and how long it
+will take. The script is never loaded into this process: every evaluation runs in a process of its
+own, in a cell where the kernel refuses other files and the network (tools/audit/cell.py). Each row
+says whether it is proved, evidence, or claimed only. What no row can show is said below the table
 (tools/audit/standing.py).
 
 Exit status:
 
     0   every check holds
-    1   one fails
+    1   a check fails
     2   unusable input
-    3   none fails, but the script is not one that this project has published: what it tells of
-        itself is only claimed
-    4   none fails, but it was not isolated
+    3   none fails, but this project has not published the script: what it says about itself is
+        only claimed
+    4   none fails, but the script was not isolated
     5   none fails, but something is open: unknown data, or checks that were left out
 
 docs/guarantees.md says what each check proves, and what a hostile script can still do.
@@ -34,7 +34,7 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.audit", file=sys.stderr)
     sys.exit(2)
 
-from tools.audit import cell
+from tools.audit import cell, text
 from tools.audit.case import Case, open_case
 from tools.audit.checks import (
     ALWAYS,
@@ -123,16 +123,16 @@ def read_arguments() -> argparse.Namespace:
     script = "the submission's (this folder's train_gpt.py)"
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help=script)
     parser.add_argument("--log", type=Path, help="LOG_DIR/RUN_ID.txt of the run")
-    parser.add_argument("--checks", help=f"some of {', '.join(CHECKS)}; all without it")
-    parser.add_argument("--fresh", type=Path, help="a text that nobody had, to be scored too")
-    parser.add_argument("--text", type=Path, help="the documents that the shards were made of")
-    parser.add_argument("--train", type=Path, help="folder of the training shards that it names")
-    held_out = "a shard of such text as was not trained on, from another split"
+    parser.add_argument("--checks", help=f"some of {', '.join(CHECKS)}; default: all of them")
+    parser.add_argument("--fresh", type=Path, help="a text that nobody had before, scored as well")
+    parser.add_argument("--text", type=Path, help="the documents that the shards were made from")
+    parser.add_argument("--train", type=Path, help="folder of the training shards in the log")
+    held_out = "a shard of similar text that was not trained on, from another split"
     parser.add_argument("--held-out", type=Path, metavar="SHARD", help=held_out)
-    parser.add_argument("--isolation", choices=cell.LEVELS, help="one level, and no other")
-    parser.add_argument("--cuts", type=int, default=4, help="of the causality test")
-    parser.add_argument("--seed", type=int, help="drawn by lot and printed without it")
-    parser.add_argument("--no-strace", action="store_true", help="files are not traced")
+    parser.add_argument("--isolation", choices=cell.LEVELS, help="use this level and no other")
+    parser.add_argument("--cuts", type=int, default=4, help="cuts of the causality test")
+    parser.add_argument("--seed", type=int, help="default: drawn at random, and printed")
+    parser.add_argument("--no-strace", action="store_true", help="do not trace files")
     return parser.parse_args()
 
 
@@ -144,6 +144,19 @@ def chosen_checks(asked: str | None) -> list[str]:
     return [name for name in CHECKS if name in (*names, *ALWAYS)]
 
 
+def check_own_files(given: argparse.Namespace) -> None:
+    """Raises UserError for what the reviewer has given besides and cannot be used.
+
+    It would fail the submission, after evaluations that take their time.
+    """
+    for path in filter(None, (given.fresh, given.text)):
+        text.read_documents(path)
+    if given.held_out:
+        text.read_shard(given.held_out)
+    shards = given.train and any(given.train.glob("*.bin"))
+    need(shards or not given.train, f"--train {given.train}: no shard lies there")
+
+
 def run_audit() -> int:
     """Audits what the command line says; the process's exit status."""
     given = read_arguments()
@@ -151,6 +164,7 @@ def run_audit() -> int:
     need(given.cuts > 0, "--cuts must be 1 or more")
     seed = secrets.randbelow(1 << 32) if given.seed is None else given.seed
     need(seed >= 0, "--seed must be 0 or more")
+    check_own_files(given)
     case = open_case(
         given.script,
         given.artifact,

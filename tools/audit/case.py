@@ -1,4 +1,4 @@
-"""What is audited, and the evaluations that are made of it, each in a cell of its own."""
+"""The submission under audit, and its evaluations, each in a cell of its own."""
 
 import functools
 import json

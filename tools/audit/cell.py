@@ -1,13 +1,13 @@
 """Cells: processes that see nothing but named files, and no network.
 
-What is audited is a program that somebody else wrote. It runs in a process of its own, in a folder
-of its own; tools/audit/enter.py starts it. Levels of isolation are tried in order, each by a probe
-that attempts what must be refused, and the first one that refuses all of it is used:
+The audit runs a program that somebody else wrote. It runs in a process of its own, in a folder
+of its own; tools/audit/enter.py starts it. Levels of isolation are tried in order. A probe attempts
+what must be refused, and the first level that refuses all of it is used:
 
     bubblewrap  the program bwrap, where it is installed
     namespaces  the same by system calls: as root or in a user namespace
-    landlock    the kernel refuses other files and TCP (not UDP); needs neither
-    none        not isolated: what is refused is nothing, which the audit says
+    landlock    the kernel refuses other files and TCP (not UDP); needs none of these
+    none        not isolated: nothing is refused, and the audit says so
 """
 
 import json

@@ -1,10 +1,10 @@
 """The checks: each asks one question of a submission and answers it in a sentence.
 
-A check is a function of a Case. Its finding HOLDS, FAILS, or is OPEN: what it would have to know it
-does not know here. Each has a test in tests/test_audit.py that plants the violation it is there
+A check is a function of a Case. Its finding HOLDS, FAILS, or is OPEN if something that it needs is
+not known here. For each check, a test in tests/test_audit.py plants the violation that it looks
 for. What is proved from outside (the files, the scores of the script's own process, and what
-happens to them when tokens change) is proved for any script; what the watched evaluation tells
-counts with the project's own script only, and is OPEN with another one.
+happens to them when tokens change) is proved for any script. What the watched evaluation reports
+counts only with the project's own script, and is OPEN with another one.
 """
 
 import functools
@@ -747,7 +747,7 @@ def check_text_bytes(case: Case) -> Finding:
     """The bytes in bits per byte are those of the text, document by document.
 
     Shards are read and decoded here, without the script, and compared with its target_bytes; the
-    decoded text gives the tokens back. With --text, the bytes are those of the original documents.
+    decoded text gives the tokens back. With --text, text and bytes are the original documents'.
     """
     seen = seen_of(case)
     counted = np.concatenate([[0, 0], np.cumsum(seen.target_bytes)])  # [i]: of tokens[:i]
@@ -803,11 +803,30 @@ def compare_source(case: Case) -> str:
     tokens = text.encode_documents(case.model, documents)
     same = np.array_equal(tokens, case.tokens)
     expect(same, f"{case.source} gives other tokens than the shards'")
+    check_nothing_is_lost(case, documents)
     original = sum(len(one.encode()) for one in documents)
     counted = total_bytes(case)
     bpb = score_of(case, case.alone.nats) * counted / original
     text_of = f"{case.source.name} gives these tokens and has {original:,} bytes"
     return f"{text_of}, over which it is {bpb:.{EXACT_DIGITS}f} BPB"
+
+
+def check_nothing_is_lost(case: Case, documents: list[str]) -> None:
+    """Raises Broken unless the tokens decode to the original documents.
+
+    A tokenizer brings its own normalizer. One that writes "a" for every letter makes a text that is
+    easily foretold, and tokens, bytes and round trips agree with each other: of another text. What
+    a tokenizer does not know is lost, too, which the contest has allowed its own.
+    """
+    parts: list[list[str]] = [[] for _ in documents]
+    begins = np.flatnonzero(case.tokens == BOS_ID)
+    for one in case.texts:
+        parts[int(np.searchsorted(begins, one.first)) - 1].append(one.text)
+    for original, found in zip(documents, parts, strict=True):
+        lost = text.lost_characters(found, original)
+        told = f"{original[:40]!r} in {case.source}, whose tokens say {' ... '.join(found)[:40]!r}"
+        expect(lost is not None, f"what is scored is another text: {told}")
+        expect(not lost or is_official(case), f"characters are lost: of {told}")
 
 
 def check_fresh(case: Case) -> Finding:
@@ -820,6 +839,8 @@ def check_fresh(case: Case) -> Finding:
         return Finding(OPEN, "no --fresh FILE was given: that the text was not trained on is open")
     documents = text.read_documents(case.fresh)
     tokens = text.encode_documents(case.model, documents)
+    if shared := shared_documents(case, tokens):
+        return Finding(OPEN, f"{case.fresh} is no text that nobody had: {shared}")
     size = sum(len(one.encode()) for one in documents)
     needed = int(case.settled("train_seq_len")) + 1
     expect(len(tokens) > needed, f"{case.fresh} has {len(tokens)} tokens; {needed} are needed")
@@ -854,6 +875,8 @@ def check_held_out(case: Case) -> Finding:
     trained = contradictions.files_of(hashes, "training").values()
     sha256 = contradictions.file_hash(case.held_out)
     expect(sha256 not in trained, f"{name} is held out, but the log names it as training data")
+    if shared := shared_documents(case, tokens):
+        return Finding(OPEN, f"{name} is no text beside the validation text: {shared}")
     tokens = tokens[: len(case.tokens)]
     known_ids = int(tokens.max(initial=0)) < case.model.vocab_size()
     expect(known_ids and len(tokens) > 2 * HELD_OUT_BLOCK, f"{name} is no text for this tokenizer")
@@ -869,7 +892,20 @@ def check_held_out(case: Case) -> Finding:
     expect(not sure or part < LEARNT, f"{evidence}: the model knows the validation text")
     if sure and part > SUSPECT:
         return Finding(OPEN, f"{evidence}: more than by lot, if both are of one kind")
+    if part < -LEARNT and less < -SURE * error:
+        easier = "it is of an easier kind, or was trained on, and shows nothing"
+        return Finding(OPEN, f"{evidence}: {easier}")
     return Finding(HOLDS, evidence)
+
+
+def shared_documents(case: Case, tokens: np.ndarray) -> str:
+    """How many documents of a text are the validation text's, in words; "" if none is.
+
+    Whoever audits may have it from the contestant, or take the wrong file.
+    """
+    documents = text.document_digests(tokens.astype(np.uint16))
+    shared = len(set(documents) & set(text.document_digests(case.tokens)))
+    return f"{shared:,} of its {len(documents):,} documents are validation documents" * bool(shared)
 
 
 def block_means(nats: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Decodes an artifact without the script: from the file's bytes to weights.
 
-The format is drawn in train_gpt.py, section 9; this is a second reading of that drawing, by other
-means (Python's whole numbers for the entropy coder's states, a number after the other), and imports
-nothing from there. What the file cannot say by itself is the order and the shapes of the model's
-parameters: those are given.
+The format is drawn in train_gpt.py, section 9. This module reads it independently, by other means
+(Python's whole numbers for the entropy coder's states, one number after the other), and imports
+nothing from there. The file does not contain the order and the shapes of the model's parameters:
+these are arguments.
 """
 
 import hashlib

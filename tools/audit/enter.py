@@ -1,4 +1,4 @@
-"""Starts a command that sees nothing but named files, and no network: from the inside.
+"""Isolates itself, then starts a command that sees nothing but named files, and no network.
 
     python -I enter.py LEVEL REQUEST.json
 
@@ -9,7 +9,7 @@ tools/audit/cell.py starts this file, which imports the standard library alone. 
     landlock    the kernel refuses other files and TCP; needs neither root nor a package
     none        nothing is refused
 
-REQUEST.json: "command", "folder" (where it may write, and where it starts), "readable", "devices"
+REQUEST.json: "command", "folder" (where the command starts, and may write), "readable", "devices"
 and "root", an empty folder for the first level. Exit status: the command's; 125 if the level cannot
 be had.
 """

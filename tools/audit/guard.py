@@ -1,11 +1,11 @@
 """Runs a script under a hook that Python calls before it opens a file, starts a program or uses the
-network: each is written down in record.jsonl, and all is allowed but the network.
+network. record.jsonl lists each of these events, and all are allowed except the network.
 
     python guard.py SCRIPT
 
-It shares the script's process, and so proves something for a script that leaves it alone; what
-native code does it does not see. Started by tools/audit/case.py in a cell, where the kernel has
-refused the network and other files before.
+The hook shares the script's process, so it proves something only for a script that leaves it alone,
+and it does not see what native code does. tools/audit/case.py starts it in a cell, where the kernel
+already refuses the network and other files.
 """
 
 import json

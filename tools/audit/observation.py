@@ -1,6 +1,6 @@
-"""What is seen of an evaluation, and how it goes from the process that saw it to the audit.
+"""What was observed of an evaluation, and how the observing process hands it to the audit.
 
-The file holds arrays of numbers and a line of JSON; nothing in it is executed.
+The file contains arrays of numbers and a line of JSON; nothing in it is executed.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Which script is audited: a commit's train_gpt.py, or one that differs from it in so many lines.
+"""Which script is audited: a commit's train_gpt.py, or one that differs from it in some lines.
 
-All that a watched evaluation tells, it tells through the script. With the project's own script the
-tests say what that is worth; with another one, somebody has to read the lines that differ. A script
-that tools.pack_script has packed is what it unpacks to, which nothing of it is run for.
+Everything that a watched evaluation reports comes through the script. For the project's own script,
+the tests show what that is worth; for another one, somebody has to read the lines that differ. A
+script packed by tools.pack_script counts as what it unpacks to; it is unpacked without running it.
 """
 
 import ast

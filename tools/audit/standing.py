@@ -1,9 +1,9 @@
 """What a row of the audit's table is worth: proved, evidence, or claimed only.
 
-A row is proved if whoever reads it need trust nobody but the audit's own machine. It is evidence if
-it was looked for and not found: by lot, by places, or in two texts that may differ. It is claimed
-only if nothing but a log, or a script that is not the project's, says so. What no row can show
-stands below the table.
+A row is proved if its reader need trust nobody but the audit's own machine. It is evidence if a
+violation was looked for and not found: at random, at some places, or in two texts that may differ.
+It is claimed only if just a log, or a script that is not the project's, says so. What no row can
+show is said below the table.
 """
 
 import sys

@@ -1,10 +1,11 @@
 """The text that is scored: shards read and written, bytes counted, known files, hidden text.
 
-Nothing here asks the script. SentencePiece reads the tokenizer; what the reader of its file's
-fields finds is found without it.
+Nothing here uses the script. SentencePiece reads the tokenizer, except for the reader of the fields
+of its file, which works without it.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import lzma
@@ -175,15 +176,39 @@ def encode(model: Any, text: str) -> list[int]:
     return model.encode(with_operators(text) if has_operators(model) else text)
 
 
-def normalized(model: Any, text: str) -> str:
-    """A document as it is encoded: a model with operators leaves that to who encodes."""
+@functools.cache
+def usual_normalizer() -> Any:
+    """SentencePiece's nmt_nfkc, as the contest's tokenizers have it."""
     import sentencepiece
 
-    if not has_operators(model):
-        return text
     rules = {"rule_name": "nmt_nfkc", "escape_whitespaces": False, "add_dummy_prefix": False}
-    normalizer = sentencepiece.SentencePieceNormalizer(**rules, remove_extra_whitespaces=True)
-    return normalizer.normalize(text)
+    return sentencepiece.SentencePieceNormalizer(**rules, remove_extra_whitespaces=True)
+
+
+def normalize(text: str) -> str:
+    """A text as the contest's tokenizers see it: white space is one space, ﬁ is fi."""
+    return usual_normalizer().normalize(text)
+
+
+# Characters that any text may have, which a tokenizer's own normalizer should leave as they are.
+PROBE = "".join(map(chr, range(33, 127))) + "ÄéñЖ中"
+
+
+def altered(model: Any) -> str:
+    """A character of which a tokenizer makes another text, in words; "" if there is none in PROBE.
+
+    A rule for several characters in a row is not found so: what tokens decode to shows it.
+    """
+    for character in PROBE:
+        found = model.normalize(character).replace("▁", " ").strip()
+        if normalize(found) != normalize(character):
+            return f"{found!r} of {character!r}"
+    return ""
+
+
+def normalized(model: Any, text: str) -> str:
+    """A document as it is encoded: a model with operators leaves that to who encodes."""
+    return normalize(text) if has_operators(model) else text
 
 
 # ---- Bytes -------------------------------------------------------------------------------------
@@ -257,6 +282,24 @@ def texts_of(model: Any, tokens: np.ndarray) -> list[Text]:
             count -= text_bytes(model, part[:1], model.decode(part[:1])) or 0
         texts.append(Text(first, last, restored(text) if cased else text, count))
     return texts
+
+
+def lost_characters(parts: list[str], original: str) -> int | None:
+    """How many characters of a document its tokens lack; None if they stand for another text.
+
+    parts: what they decode to, in order, without what they do not know. White space and compatible
+    characters are the same text, and so is a ▁ of the text's own, which SentencePiece decodes to a
+    space.
+    """
+    wanted, *found = (normalize(one.replace("▁", " ")) for one in (original, *parts))
+    place = kept = 0
+    for part in found:
+        place = wanted.find(part, place)
+        if place < 0:
+            return None
+        place += len(part)
+        kept += len(part)
+    return len(wanted) - kept
 
 
 def read_documents(path: Path) -> list[str]:

@@ -1,10 +1,10 @@
-"""Evaluates an artifact by a script and tells what it does while it does it: from the inside.
+"""Evaluates an artifact by a script and reports from the inside what the script does meanwhile.
 
     python -m tools.audit.watch SCRIPT SEED
 
-Settings are environment variables, as the script's. Started by tools/audit/case.py in a cell. It
-shares the script's process: what it tells is evidence with a script that leaves it alone, as the
-project's own does, and a claim with another one.
+Settings are environment variables, as for the script. tools/audit/case.py starts this in a cell. It
+shares the script's process: its report is evidence if the script leaves it alone, as the project's
+own does, and a claim if it is another one.
 """
 
 import contextlib

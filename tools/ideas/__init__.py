@@ -1,1 +1,1 @@
-"""What no setting says: files for `python -m tools.explore --idea`."""
+"""Ideas that are not settings: files for `python -m tools.explore --idea`."""

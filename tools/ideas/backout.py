@@ -2,7 +2,7 @@
 
 What layers need to find the next token stays in the residual stream to the end, where only the
 prediction is wanted. Here logits are read from norm(x - b·middle), where middle is the stream
-behind the layer in the middle of the order and b a learned number, 0 at first.
+after the layer in the middle of the order and b a learned number, 0 at first.
 """
 
 from functools import partial

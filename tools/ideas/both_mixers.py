@@ -1,20 +1,21 @@
 """Idea: attention layers are Mamba's, too, each with half. An --idea of `python -m tools.explore`.
 
-Of one normed input x (..., width) such a layer makes, as in hybrids within a layer (arXiv
-2510.04800: both parts normed, side by side before the output matrix; Hymba's too, arXiv 2411.13676)
+From one normed input x (..., width) such a layer makes, like hybrids within a layer (arXiv
+2510.04800: both parts normed, side by side before the output matrix; also Hymba, arXiv 2411.13676)
 
     y = [W_a W_m] [norm(a); norm(m)] = W_a a / rms(a) + W_m m / rms(m)
 
 a (..., width / 2): Attention with half the query heads and half the key/value heads, of the usual
-size, behind their gates. m (..., width / 2): Mamba with heads of half the usual channels, of the
-usual state, behind its gates; that norm is the script's own. Norms have no weights, which W's
-columns can learn, so that their factors follow W as in Mamba. Layers keep both's states, so that
-all of EVAL_MODE, documents' branches and generating go on as they did.
+size, after their gates. m (..., width / 2): Mamba with heads of half the usual channels and the
+usual state, after its gates; that norm is the script's own. Norms have no weights, since W's
+columns can learn them, so their factors follow W as in Mamba. Layers keep the states of both parts,
+so that all of EVAL_MODE, documents' branches and generating work as before.
 
-PRESET=short has in layers 2 and 6 then 4 query heads and 2 key/value heads of 64, and 8 Mamba heads
-of 32: 37,101,568 numbers in matrices, 0.47 % more than without. 3 Mamba heads of 64 would make it
-0.11 % fewer, but rows of 537 numbers, where the scan's kernels want multiples of 8. These layers'
-in_proj has no products of 8-bit floats, whose tiles want 64. Other layers begin as they would.
+With PRESET=short, layers 2 and 6 then have 4 query heads and 2 key/value heads of 64, and 8 Mamba
+heads of 32: 37,101,568 numbers in matrices, 0.47 % more than without. 3 Mamba heads of 64 would be
+0.11 % fewer numbers, but rows of 537, where the scan's kernels need multiples of 8. These layers'
+in_proj has no products of 8-bit floats, whose tiles need 64. Other layers' first weights do not
+change.
 """
 
 from dataclasses import replace
@@ -41,7 +42,7 @@ class BothMixers(nn.Module):
         self.mamba = mamba
 
     def forward(self, x, context, state=None):
-        """As Block asks of a mixer."""
+        """A mixer's forward(), see Block."""
         before = state or BothState(None, None)
         attended, kept = self.attention(x, context, before.attention)
         context = context._replace(float8="none")  # whose tiles in_proj's rows do not fill

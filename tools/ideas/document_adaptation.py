@@ -1,18 +1,18 @@
-"""Idea: documents adapt otherwise than EVAL_MODE=documents has them; variants are compared.
+"""Idea: documents adapt in other ways than with EVAL_MODE=documents; variants are compared.
 
     PRESET=short DATA_PATH=data/development python -m tools.ideas.document_adaptation \\
         --artifact logs/RUN.int6.lzma --documents 512 \\
         --variant "as it is:" --variant "wider: rank=256 lr=1e-4" --variant "slow: momentum=0.5"
 
 Scores a finished artifact's validation text document by document, and prints a line of JSON for
-each variant: BPB, and BPB of the same windows with the weights as they are, so that what adapting
-gains is told apart from what windows within documents gain. Settings are those of EVAL_ONLY: what
-the environment gives, then the artifact's and its log's. One process, one device.
+each variant: BPB, and BPB of the same windows with the weights as they are. The difference is the
+gain of adapting, without that of windows within documents. Settings are those of EVAL_ONLY: the
+environment's, then the artifact's and its log's. One process, one device.
 
-A variant is a name, a colon and what it changes, as FIELD=VALUE: a setting TTT_LORA_FIELD, or one
-of Choice's own, which the script does not have. Without a change, scores are those of
-EVAL_MODE=documents to the bit: plan, windows and steps are the script's, and classes here say what
-a variant does otherwise.
+A variant is a name, a colon and its changes, as FIELD=VALUE: a setting TTT_LORA_FIELD, or a field
+of Choice that the script does not have. Without a change, scores are those of EVAL_MODE=documents
+to the bit: plan, windows and steps are the script's, and classes here say in what a variant
+differs.
 """
 
 import argparse
@@ -125,6 +125,12 @@ class Evaluator(t.Evaluator):
         rows = t.round_up(batch.longer_than(begin), t.ROW_STEP)
         going_on = t.DocumentBatch(*(part[:rows] for part in batch))
         return super()._score_piece(going_on, context, context, end)
+
+    def _read_again(self, batch: t.DocumentBatch, place: tuple, part: slice) -> None:
+        """Likewise, where memory has no room for all documents at once."""
+        context, begin, end = place
+        begin = begin if self.settings.lesson == "piece" else context
+        super()._read_again(batch, (context, begin, end), part)
 
     def _keep(self, excerpt: t.Excerpt, first, last, nats: Tensor) -> None:
         """Scores are those that a target got first."""
@@ -258,10 +264,11 @@ def command() -> int:
     parser = Parser(
         prog="python -m tools.ideas.document_adaptation", description=__doc__, formatter_class=form
     )
-    parser.add_argument("--artifact", default="", help="file; left out: ARTIFACT or RUN_ID's")
-    parser.add_argument("--documents", type=int, default=0, help="so many, of all lengths alike")
+    parser.add_argument("--artifact", default="", help="file (default: ARTIFACT, or RUN_ID's)")
+    number = "how many documents to score, of all lengths alike (default: all)"
+    parser.add_argument("--documents", type=int, default=0, help=number)
     parser.add_argument("--variant", action="append", help="a name, a colon, FIELD=VALUE ...")
-    parser.add_argument("--nats", type=Path, help="scores of an EVAL_NLL_PATH, told beside")
+    parser.add_argument("--nats", type=Path, help="file of an EVAL_NLL_PATH, to print its BPB, too")
     options = parser.parse_args()
     settings, given = settings_of(options.artifact)
     variants = [read_variant(text, settings) for text in options.variant or ["as it is:"]]

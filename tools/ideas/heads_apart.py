@@ -1,9 +1,9 @@
 """Idea: Muon sees each head as a matrix of its own. An --idea of `python -m tools.explore`.
 
 MUON_ROW_GROUPS takes in_proj's gates, values, features and dynamics as matrices of their own. Here
-the rows of a query and key matrix that make one head are so, too, as no head reads another's; with
-IDEA_HEADS=all also those that make one Mamba head's gate and those that make its value. Small
-matrices are padded to the size of the largest, so that a step takes longer than it would have to.
+the rows of a query or key matrix that make one head are a matrix, too, as no head reads another's.
+With IDEA_HEADS=all, so are the rows that make one Mamba head's gate, and those that make its value.
+Small matrices are padded to the size of the largest, so a step takes longer than it need.
 
     IDEA_HEADS=attention    or all
 """

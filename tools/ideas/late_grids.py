@@ -1,9 +1,9 @@
-"""Idea: late QAT beside all that it is refused with. An --idea of `python -m tools.explore`.
+"""Idea: late QAT together with what it is refused with. An --idea of `python -m tools.explore`.
 
-LATE_QAT_THRESHOLD wants uniform grids and an embedding that shares nothing by spelling. Here, once
-the rates have fallen to BELOW of their peak, each step's gradients are those at the nearest points
+LATE_QAT_THRESHOLD needs uniform grids and an embedding that shares nothing by spelling. Here, once
+the rates have fallen to BELOW of their peak, each step's gradients are taken at the nearest points
 of the grids that GPTQ will use, with row steps by what errors cost on one batch of that moment. The
-embedding stays as it is, and points are integers, though export's trellis has halves, too.
+embedding stays as it is, and points are integers, though export's trellis also has halves.
 """
 
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def find_grids(script, trainer, tokens) -> list[tuple]:
     parts = tokens.split(trainer.calibration_rows)
     hessians, energies = script.collect_costs(model, parts, trainer.ranks, s.shares_bits)
     solvers = script.factor_hessians(hessians, s.gptq_damp, trainer.ranks)
-    model.row_costs = script.find_row_costs(model, solvers, energies)
+    model.row_costs = script.find_row_costs(solvers, energies)
     model.grid_factors = script.find_grid_factors(model, s)
     own = dict(model.named_parameters())  # without an embedding that shares by spelling
     matrices = {name: limits for name, limits in trainer.limits.items() if name in own}

@@ -1,20 +1,20 @@
 """Idea: rows make up for the errors of rows above them. An --idea of `python -m tools.explore`.
 
-GPTQ keeps small what a matrix's errors D do to its outputs, each row by itself. What they cost the
-text depends on pairs of rows, too: with H of the inputs, and B = mean g g^T of the gradients g of
+GPTQ minimizes what a matrix's errors D do to its outputs, each row by itself. What they cost the
+text depends on pairs of rows, too. With H of the inputs, and B = mean g g^T of the gradients g of
 the text's nats by the outputs,
 
     cost ~ trace(B D H D^T) / 2.
 
-In blocks of as many rows as a trellis has, B = M^T C M: M is unit lower triangular and has nothing
-else within blocks, C nothing outside of them. With u the errors that GPTQ sees in a column, the
-cost is of M u: so a block's rows aim at their weights and, besides, at what M makes of u in the
-rows above, and their own errors count as C's diagonal does, in the place of B's. Blocks go through
-the columns one behind the other, each a column later than the one above.
+In blocks of as many rows as a trellis has, B = M^T C M: M is unit lower triangular, with nothing
+but the diagonal within blocks, and C has nothing outside of them. With u the errors that GPTQ sees
+in a column, the cost is of M u. So a block's rows aim at their weights and at what M makes of u in
+the rows above, and C's diagonal weighs their own errors, instead of B's. Blocks go through the
+columns one after the other, each a column later than the one above.
 
-Embeddings are as before. To compare both on the same weights, it does so where GPTQ_BLOCK_SIZE is
-64: --requantize "rows make up: GPTQ_BLOCK_SIZE=64". Source: two-sided feedback, as in YAQA, arXiv
-2505.22988, with a trellis's rows as one block.
+Embeddings are as before. To compare both on the same weights, this is done only if GPTQ_BLOCK_SIZE
+is 64: --requantize "rows make up: GPTQ_BLOCK_SIZE=64". Source: two-sided feedback, as in YAQA,
+arXiv 2505.22988, with a trellis's rows as one block.
 """
 
 import torch
@@ -120,6 +120,8 @@ def install(script) -> None:
         """As the script's, with both sides' costs if asked for."""
         factors.clear()
         both = trainer.settings.gptq_block_size == TWO_SIDED_BLOCKS
+        shares = trainer.settings.shares_bits
+        script.need(shares or not both, "rows that make up need costs: set SDCLIP_BY_ROW above 0")
         script.collect_costs = collect_costs if both else usual_costs
         return usual_calibrate(trainer, batches)
 

@@ -3,7 +3,7 @@
     git show COMMIT:train_gpt.py > /tmp/former.py
     IDEA_SCRIPT=/tmp/former.py python -m bench.tune --idea tools/ideas/scan_of_another_version.py
 
-Likewise bench.bench and bench.steps.
+bench.bench and bench.steps take it in the same way.
 """
 
 import importlib.util

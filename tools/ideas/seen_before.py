@@ -4,15 +4,15 @@
     python -m tools.ideas.seen_before --scores nats.npy \\
         --text data/datasets/fineweb10B_sp8192/fineweb_val_000000.bin
 
-Where the k tokens before a target stood C times earlier, before T kinds of tokens, and c times
-before this one, c / C is a distribution over tokens. From the shortest k to the longest, first over
-all that stood earlier (--before shards, then the text) and then over the own document alone:
+If the k tokens before a target occurred C times earlier, before T kinds of tokens, and c times
+before this token, c / C is a distribution over tokens. From the shortest k to the longest, first
+over all earlier text (--before shards, then the text) and then over the same document alone:
 
     P <- (1 - m) P + m c / C          where C > 0; at first P = exp(-score)
     m = sigmoid(a + b ln(C + 1) + d ln((T + 1/2) / (C + 1)))
 
-m does not know the target, so that P stays a distribution; only what is scored already is counted.
-a, b and d of each k are fitted to the scores of one half, and the gain is told on the other.
+m does not depend on the target, so P stays a distribution; only tokens already scored are counted.
+a, b and d of each k are fitted to the scores of one half, and the gain is measured on the other.
 """
 
 import argparse

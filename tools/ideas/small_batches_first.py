@@ -1,9 +1,9 @@
 """Idea: half the batch while rates are high. An --idea of `python -m tools.explore`.
 
-A step of few tokens is noisier, which costs little while the model is far from where it goes, and
-twice as many of them fit into the same tokens. Until SMALL of the run is over a step has half of
-TRAIN_BATCH_TOKENS, so that this part of the run makes twice the steps. Of a run by steps,
-ITERATIONS counts whole batches.
+A step of fewer tokens is noisier, which costs little while the model is far from its goal, and
+twice as many of them fit into the same tokens. Until SMALL of the run is over, a step has half of
+TRAIN_BATCH_TOKENS, so this part of the run makes twice the steps. In a run by steps, ITERATIONS
+counts whole batches.
 """
 
 SMALL = 0.4  # of the run

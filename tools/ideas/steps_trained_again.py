@@ -1,16 +1,16 @@
 """Idea: GPTQ's row steps are trained once more. An --idea of `python -m tools.explore`.
 
-GPTQ rounds layer by layer. What all errors together do to the text, a gain g for each row could
-make good in part, at no byte: of the integers' points W the model has (1 + g) W, and the row's step
-is stored as (1 + g) times its own. Here 32 steps of Adam on training text learn all rows' g, with a
-rate that falls from RATE to 0.
+GPTQ rounds layer by layer. A gain g for each row could repair part of what all errors together do
+to the text, at no cost in bytes: the model has (1 + g) W instead of the integers' points W, and the
+row's step is stored as (1 + g) times its own. Here 32 steps of Adam on training text learn all
+rows' g, with a rate that falls from RATE to 0.
 
-The same steps change the float weights, too, which may gain as much from 32 more steps: then it is
-not the quantization that costs less. So each export logs mean nats of training text that no step
-read, of both before and after. With GPTQ_BLOCK_SIZE=64 the artifact holds the trained steps; with
-128, which changes no more than float32's rounding, it is as it was:
+The float weights are trained by the same steps, too, and may gain as much: then it is not the
+quantization that costs less. So each export logs the mean nats of training text that no step read,
+for both, before and after. With GPTQ_BLOCK_SIZE=32 the artifact has the trained steps; with 128,
+which changes no more than float32's rounding, it is as before:
 
-    --export "as it is:" --requantize "steps trained again: GPTQ_BLOCK_SIZE=64"
+    --export "as it is:" --requantize "steps trained again: GPTQ_BLOCK_SIZE=32"
 """
 
 import torch
@@ -18,7 +18,7 @@ import torch
 STEPS = 32
 HELD = 4  # batches that no step reads
 RATE = 0.001
-TRAINED_BLOCKS = 64
+TRAINED_BLOCKS = 32
 
 
 def loss_of(model, batch, rows: int) -> torch.Tensor:

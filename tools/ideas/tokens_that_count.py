@@ -1,15 +1,15 @@
-"""Idea: tokens count in Hessians as they matter. An --idea of `python -m tools.explore`.
+"""Idea: tokens count in Hessians by how much they matter. An --idea of `python -m tools.explore`.
 
-GPTQ keeps small sum over tokens of |D x|², D being the errors of a layer's weights and x its input,
-as if all tokens' outputs mattered alike. What errors cost the text is about sum of |g|² |D x|², g
-being the gradient of the text's nats by a token's outputs. Here
+GPTQ minimizes the sum of |D x|² over tokens, where D are the errors of a layer's weights and x its
+input, as if all tokens' outputs mattered alike. What errors cost the text is about the sum of
+|g|² |D x|², where g is the gradient of the text's nats by a token's outputs. Here
 
     H = 2 sum w x x^T,        w = |g|² / mean |g|²,
 
-of linear layers; the output matrix's H is as before. To compare both on the same weights, it does
-so where GPTQ_BLOCK_SIZE is 64, and nothing where it is 128 (which changes no more than float32's
-rounding): --requantize "tokens weighed: GPTQ_BLOCK_SIZE=64". Source: GuidedQuant, arXiv 2505.07004,
-which weighs them for groups of rows, too.
+for linear layers; the output matrix's H is as before. To compare both on the same weights, this is
+done if GPTQ_BLOCK_SIZE is 64, and not if it is 128 (which changes no more than float32's rounding):
+--requantize "tokens weighed: GPTQ_BLOCK_SIZE=64". Source: GuidedQuant, arXiv 2505.07004, which
+weighs tokens for groups of rows, too.
 """
 
 from functools import partial

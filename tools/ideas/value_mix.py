@@ -1,8 +1,9 @@
 """Idea: attention's values read the embedding, too. An --idea of `python -m tools.explore`.
 
-What an attention layer tells of an earlier token is mostly what that token is, which the residual
-stream no longer has in its first form. Here value = W (x + m·embedded), of the layer's input x, the
-normed embeddings and a learned vector m (width,), zeros at first; queries and keys read x.
+What an attention layer passes on about an earlier token is mostly which token it is, and the
+residual stream no longer has that in its first form. Here value = W (x + m·embedded), with the
+layer's input x, the normed embeddings and a learned vector m (width,), zeros at first; queries and
+keys read x.
 """
 
 import torch

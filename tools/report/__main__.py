@@ -4,11 +4,11 @@
     python -m tools.report logs/s1.jsonl logs/s2.jsonl logs/s3.jsonl --out report.html --static
     python -m tools.report logs/first.jsonl --audit audit.md --out report.html
 
-Result, clocks, curves, settings, bytes, machine, data and hashes, quantization, bits by document
-and by place, test-time training chunk by chunk, a sample: of several runs, a column each. --audit
-adds what python -m tools.audit printed. Curves answer to the mouse: plotly (requirements-dev.txt)
-is written into the page, 5 MB; with --static they are drawings, and the page has less than 300 kB.
-What a log says is the word of whoever trained.
+The page shows result, clocks, curves, settings, bytes, machine, data and hashes, quantization, bits
+by document and by place, test-time training chunk by chunk, and a sample; each of several runs has
+a column. --audit adds what python -m tools.audit printed. Curves answer to the mouse: the page then
+includes plotly (requirements-dev.txt), 5 MB. With --static they are drawings, and the page has less
+than 300 kB. What a log says is the word of whoever trained.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def main() -> int:
     add = parser.add_argument
     add("logs", nargs="+", type=Path, metavar="LOG", help="runs' .jsonl, or folders of them")
     add("--out", required=True, type=Path, metavar="HTML")
-    add("--static", action="store_true", help="drawings that do not answer, under 300 kB")
+    add("--static", action="store_true", help="drawings without plotly, under 300 kB")
     add("--audit", type=Path, metavar="FILE", help="what tools.audit printed")
     given = parser.parse_args()
     paths = find_logs(given.logs)

@@ -1,9 +1,9 @@
 """Curves: as data for plotly, which draws them in the browser, or drawn here as SVG.
 
-Both have the same numbers, each run in one colour. A curve has a place on several axes (step,
-second of training, tokens), for runs of other batches or machines can be compared by one of them
-alone: the reader chooses in the browser, and a static page shows all. Losses and times are drawn as
-logged; where there are more records than a page should hold, evenly chosen ones.
+Both show the same numbers, each run in one colour. Curves are drawn over several axes (step, second
+of training, tokens), because runs with other batches or machines can only be compared over some of
+them. In the browser the reader chooses one; a static page shows all. Losses and times are drawn as
+logged. If there are more records than a page should hold, some are chosen at even distances.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Elements of a page. Text from a log is escaped on its way into one, unless it is Html already."""
+"""Elements of a page. Text from a log is escaped when it goes into one, unless it is Html."""
 
 import html
 import re

@@ -1,11 +1,11 @@
-"""Where a score's nats are, as a run's log has it: by document, by place, chunk by chunk.
+"""Where a score's nats are, from a run's log: by document, by place, chunk by chunk.
 
-The records after_quantization_profile and final_profile hold tables whose columns are sums over the
-targets of a row, so that bits per byte are made here. Rows of the first three tables go by the
-binary digits of a number: row 0 has 0, 1 has 1, 2 has 2 and 3, 3 has 4 to 7, the last one all
-beyond. A document's place 0 is the mark of its beginning, which stands for no text: its nats are
-not among these bits. Chunks are those of test-time training, TTT_CHUNK_TOKENS targets each, also
-where a model does not adapt.
+The records after_quantization_profile and final_profile contain tables whose columns are sums over
+the targets of a row; bits per byte are computed here. The first three tables have a row for each
+count of a number's binary digits: row 0 has 0, 1 has 1, 2 has 2 and 3, 3 has 4 to 7, and the last
+one everything beyond. Place 0 of a document is the mark of its beginning, which stands for no text:
+its nats are not among these bits. Chunks are those of test-time training, TTT_CHUNK_TOKENS targets
+each, even if the model does not adapt.
 """
 
 import math

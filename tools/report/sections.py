@@ -1,12 +1,12 @@
 """The page's sections, from result to sample, each a function of the runs.
 
 A log may lack a section's data: its script is older, a setting was not given, or the run has not
-come so far. The section then says so, of which runs, and names the setting that fills it; nothing
-is shown as zero, or left out in silence. Of several runs, each has a column, in the order given.
+come so far. The section then names the runs that lack it and the setting that fills it; nothing is
+shown as zero or left out silently. Each of several runs has a column, in the order given.
 
 Figures are those of the last record of each event (tools/runs.py), unrounded where a reviewer
-compares them with the log. Nothing is judged here but lengths against limits: tools/audit and
-tools/package.py judge.
+compares them with the log. Here only lengths are compared with limits; tools/audit and
+tools/package.py judge the rest.
 """
 
 import math
