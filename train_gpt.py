@@ -1510,7 +1510,7 @@ def check_pairs(settings, tokens: np.ndarray, name: str):
     """Raises UserError for tokens (n,) with many pairs that packed_pairs() calls impossible."""
     pairs = packed_pairs(settings.tokenizer_path, settings.vocab_size).numpy()
     target = tokens[1:]
-    found = (pairs[tokens[:-1], target // 8] >> target % 8 & 1).sum()
+    found = ((pairs[tokens[:-1], target // 8] >> (target % 8)) & 1).sum()
     problem = f"{found / len(tokens):.1%} of the {name} shards' tokens BPE never writes there"
     known = found < FEW_PAIRS or found <= MOST_IMPOSSIBLE * len(tokens)
     need(known, f"{problem} (is text encoded in pieces?): use MASK_IMPOSSIBLE_PAIRS=0")
@@ -4072,7 +4072,7 @@ TRELLIS_ROWS = 128  # of a column, after which a new path begins in state 0
 def trellis_tables(states: int, device=None) -> Tensor:
     """The bits of TRELLISES by state, int64 (2, states): halves, flips."""
     bits = torch.tensor(TRELLISES[states], device=device).unsqueeze(1)
-    return bits >> torch.arange(states, device=device) & 1
+    return (bits >> torch.arange(states, device=device)) & 1
 
 
 def trellis_points(integers: Tensor, states: int) -> Tensor:
@@ -4094,7 +4094,7 @@ def trellis_points(integers: Tensor, states: int) -> Tensor:
     state = torch.zeros_like(padded[:, 0], dtype=torch.int64)
     for row in range(TRELLIS_ROWS):
         points[:, row] += halves[state] / 2
-        state = (2 * state + (padded[:, row] & 1 ^ flips[state])) % states
+        state = (2 * state + ((padded[:, row] & 1) ^ flips[state])) % states
     return points.view(-1, columns)[:rows]
 
 
@@ -4553,7 +4553,7 @@ def ans_push(state, frequency, start, bits: int = ANS_BITS):
     >>> ans_push(23, frequency=3, start=0, bits=2)  # A: 7 times four, slot 2
     30
     """
-    return (state // frequency << bits) + start + state % frequency
+    return ((state // frequency) << bits) + start + state % frequency
 
 
 def ans_pop(state, frequency, start, bits: int = ANS_BITS):
@@ -4566,7 +4566,7 @@ def ans_pop(state, frequency, start, bits: int = ANS_BITS):
     >>> 5 % 4, ans_pop(5, frequency=3, start=0, bits=2)  # slot 1: A, and the state is empty again
     (1, 4)
     """
-    slot = state & (1 << bits) - 1
+    slot = state & ((1 << bits) - 1)
     return frequency * (state >> bits) + slot - start
 
 
@@ -4639,7 +4639,7 @@ def encode_integers(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
     words = []
     for place in places.reshape(-1, ANS_LANES)[::-1]:
         frequency = frequencies.take(place)  # counted through all tables
-        full = state >= frequency << 16
+        full = state >= (frequency << 16)
         words.append(state[full] & 0xFFFF)
         state = np.where(full, state >> 16, state)
         state = ans_push(state, frequency, starts.take(place))
