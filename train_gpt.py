@@ -2316,8 +2316,9 @@ class MLP(nn.Module):
     def in_float8(self, x: Tensor, input_scale: float) -> Tensor:
         """forward() by kernels that multiply 8-bit floats; letters are those of section 11.
 
-        Where v8 is USUAL, u is a = size · 4 sqrt(width) · input_scale, `size` bringing W_up8 back.
-        f is of second degree, so f(u) = 4 a^2 f8; one size is in float8_mlp()'s result already.
+        With W_up = size · W_up8, the input of f is a · v8 / USUAL, a = size · 4 sqrt(width) ·
+        input_scale. f is of second degree: its output is 4 a^2 f8. One of the two factors `size`
+        in a^2 is in float8_mlp()'s result already.
         """
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
