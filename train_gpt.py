@@ -2946,7 +2946,10 @@ def even_out_rows(updates: list[Tensor], squares: list[Tensor], beta2: float, sk
 
 
 def apply_updates(batches: list, updates: list, rates: list[float], decay: float, factor, skip):
-    """p <- (1 - rate decay) p - rate shape_factor() update, in place; nothing if skip is 1."""
+    """p <- (1 - rate decay) p - rate shape_factor() update, in place; nothing if skip is 1.
+
+    rate: a batch's, times factor. p: (rows, columns) each; updates: (n or more, rows, columns).
+    """
     for batch, update, rate in zip(batches, updates, rates, strict=True):
         rate = rate * factor * (1 - skip)
         step = rate * shape_factor(update)
@@ -2959,7 +2962,7 @@ class Muon:
     """Momentum whose update is orthogonalized (K. Jordan, 2024, kellerjordan.github.io/posts/muon).
 
     Making all singular values equal is the steepest descent, if a step's length is how far it can
-    move a layer's outputs. Each rank has the momentum and makes the updates of a share of matrices.
+    move a layer's outputs. Each rank makes the updates of its share of the matrices.
     """
 
     def __init__(self, batches: dict[tuple, list[Tensor]], settings, ranks):
@@ -3015,8 +3018,8 @@ class Muon:
 def judge_gradients(total: Tensor, clip_norm: float, skip: Tensor, skipped: Tensor) -> Tensor:
     """The factor () by which gradients of the norm `total`, float32 (), get clip_norm at most.
 
-    Puts 1 into skip () if the norm is not finite, else 0. skipped (3,) counts such steps: all,
-    those in a row up to now, and those of the longest row. clip_norm 0: the factor is 1.
+    Puts 1 into skip () if the norm is not finite, else 0. skipped (3,) counts such steps: all, the
+    present streak, the longest streak. clip_norm 0: the factor is 1.
     """
     skip.copy_(~total.isfinite())
     count, streak, longest = skipped.unbind()
@@ -3057,7 +3060,8 @@ class Optimizers:
     def tensors(self) -> list[Tensor]:
         """What steps change besides the weights, float32, whatever the number of ranks."""
         moments = [x for state in self.adam.state.values() for x in state.values()]
-        return [*moments, *self.muon.gather_state(), self.skipped[:2]]  # the longest row: anew
+        # Without the longest streak of skipped steps, which a resumed run counts anew.
+        return [*moments, *self.muon.gather_state(), self.skipped[:2]]
 
     def _average_gradients(self):
         """Replaces gradients by their means over the ranks, views of one buffer: one exchange."""
@@ -3145,8 +3149,8 @@ class WeightAverage:
         return [*self.ema, *self.swa, self.snapshots] if self.swa else self.ema
 
     def rate(self, steps_done: int) -> float:
-        """The rate at which the ema takes in the weights after so many steps."""
-        horizon = max(1.0, self.settings.average_horizon * steps_done)
+        """The rate at which the ema takes in the weights after so many steps, at most 1."""
+        horizon = max(1.0, self.settings.average_horizon * steps_done)  # in steps
         return max(1 - self.settings.ema_decay, 1 / horizon)
 
     @torch.no_grad()
@@ -3158,7 +3162,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def after_step(self, steps_done: int, skip: Tensor, snapshot: bool):
-        """swa takes a snapshot if one is due, unless skip () is 1. steps_done: others go by it."""
+        """swa takes a snapshot if one is due, unless skip () is 1. A Trainer's make_average may be
+        another class, which goes by steps_done.
+        """
         if self.swa and snapshot:
             self.take_in(self.swa, self.ema or self.parameters, 1 / (self.snapshots + 1), skip)
             self.snapshots += 1 - skip
