@@ -3395,7 +3395,8 @@ class Evaluator:
         self.rows = max(1, min(windows, self.most_tokens // settings.train_seq_len))  # at once
         if settings.eval_mode == "documents":
             self.rows = round_up(settings.ttt_lora_slots, ROW_STEP)
-        self.learnt = torch.zeros(math.ceil(self.total / self.chunk), 2, device=ranks.device)
+        chunks = math.ceil(self.total / self.chunk)
+        self.epoch_nats = torch.zeros(chunks, 2, device=ranks.device)  # CHUNK_COLUMNS' first
         self.part = self._part_tokens()
         self.branches = None  # of the batch of documents at hand
         self.relay = StateRelay(ranks, [])
@@ -3428,7 +3429,7 @@ class Evaluator:
             return self._evaluate_documents(started)
         firsts = range(0, self.total, self.chunk)
         given_up = 0
-        times = []  # CHUNK_COLUMNS without the first two, which self.learnt has
+        times = []  # CHUNK_COLUMNS without the first two, which self.epoch_nats has
         sgd = torch.optim.SGD(self.trained, lr=0.0, momentum=s.ttt_momentum)
         for index, first in enumerate(firsts):
             last = min(first + self.chunk, self.total)
@@ -3438,14 +3439,14 @@ class Evaluator:
             self.scoring_seconds = now - scoring_started
             epochs = 0
             if last < self.total:
-                falling = 1 + math.cos(math.pi * (index / len(firsts)))  # a cosine, from 2 to 0
-                sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * falling
+                falling = 0.5 + 0.5 * math.cos(math.pi * (index / len(firsts)))  # from 1 to 0
+                sgd.param_groups[0]["lr"] = s.ttt_lr * falling
                 seconds_left = started + s.eval_max_seconds - now
                 epochs = self._affordable_epochs(index, len(firsts) - 1 - index, seconds_left)
                 self._adapt(first, last, sgd, epochs)
                 given_up += s.ttt_epochs - epochs
             times.append([epochs, self.scoring_seconds, epochs * self.epoch_seconds])
-        chunks = np.hstack([self.ranks.sum_(self.learnt).cpu(), times])
+        chunks = np.hstack([self.ranks.sum_(self.epoch_nats).cpu(), times])
         score = self._collect(given_up)
         return score._replace(seconds=time.perf_counter() - started, chunks=chunks)
 
@@ -3565,7 +3566,7 @@ class Evaluator:
         nats = [self._train_epoch(first, last, sgd) for _ in range(epochs)]
         if not nats:
             return
-        self.learnt[first // self.chunk] = torch.stack([nats[0], nats[-1]])
+        self.epoch_nats[first // self.chunk] = torch.stack([nats[0], nats[-1]])
         if self.settings.eval_mode == "stateful":
             self._renew_states(last)
         self.epoch_seconds = (synchronized_time() - started) / epochs
@@ -3855,14 +3856,15 @@ class DocumentClock:
 class LowRank:
     """BRANCH_GAIN B A x, with A and B of its own for each document of a batch."""
 
-    first = 0  # the document that the first row of x is of
+    first = 0  # the number, in the batch, of the document in x's first row
 
     def __init__(self, inputs: int, outputs: int, settings, generator, device):
         rank = settings.ttt_lora_rank
+        slots = settings.ttt_lora_slots
         uniform = 2 * torch.rand(inputs, rank, generator=generator) - 1
-        first = (uniform * inputs**-0.5).to(device).expand(settings.ttt_lora_slots, -1, -1)
-        self.down = first.clone().requires_grad_()  # A, transposed
-        self.up = first.new_zeros(len(first), rank, outputs).requires_grad_()  # B, transposed
+        drawn = (uniform * inputs**-0.5).to(device).expand(slots, -1, -1)  # the same for all
+        self.down = drawn.clone().requires_grad_()  # A, transposed
+        self.up = drawn.new_zeros(slots, rank, outputs).requires_grad_()  # B, transposed
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (n, T, inputs) of n documents -> (n, T, outputs), in x's dtype."""
@@ -3882,7 +3884,7 @@ def add_branch(branch: LowRank, module, arguments: tuple, keywords: dict, output
 
 
 class Branches:
-    """New branches for a batch of documents, and how they learn. UserError where they cannot."""
+    """New branches for a batch of documents, and how they learn; UserError if they could not."""
 
     def __init__(self, model: Model, settings):
         s = settings
@@ -3904,10 +3906,10 @@ class Branches:
         self.squares = [matrix.new_zeros(len(matrix), 1, 1) for matrix in self.matrices]
         self.steps = 0
         self.rate = s.ttt_lora_lr
-        self.kept = 1 - s.ttt_lora_lr * s.ttt_lora_decay
+        self.kept = 1 - s.ttt_lora_lr * s.ttt_lora_decay  # what a step's decay leaves of a number
 
     def begin_at(self, first: int):
-        """From now on, the first row that is read belongs to this document."""
+        """From now on, the first row that is read is of the batch's document number `first`."""
         for branch in self.every:
             branch.first = first
 
@@ -3929,7 +3931,10 @@ class Branches:
 
     @torch.no_grad()
     def move(self, matrix: Tensor, square: Tensor, direction: Tensor):
-        """A step of a matrix (slots, ...) in a direction, by default its gradient; s: square."""
+        """A step of a matrix (slots, ...) in a direction; square: its s, of its own gradient.
+
+        step() gives the gradient as the direction; a subclass may give another.
+        """
         square.lerp_(matrix.grad.square().mean(dim=(1, 2), keepdim=True), 1 - BRANCH_BETA2)
         usual = (square / (1 - BRANCH_BETA2**self.steps)).sqrt() + 1e-10
         matrix.mul_(self.kept).sub_(self.rate * (direction / usual))
@@ -3972,8 +3977,8 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
     rows = {"document_length": np.repeat(lengths, lengths)[1:]}
     rows["document_position"] = (place - np.repeat(begins, lengths))[1:]
     if settings.eval_mode == "plain":
-        begun = place % chunk if settings.adapts else place
-        rows["window_position"] = begun[:-1] % settings.train_seq_len
+        in_chunk = place % chunk if settings.adapts else place  # windows begin anew with a chunk
+        rows["window_position"] = in_chunk[:-1] % settings.train_seq_len
     rows = {name: np.minimum(np.frexp(x)[1], 15) for name, x in rows.items()}
     rows["chunks"] = place[:-1] // chunk
     sums = {"targets": None, "bytes": validation.target_bytes, "nats": score.nats}

@@ -650,7 +650,7 @@ def test_what_the_log_keeps_of_a_chunk_makes_no_step_wait():
         evaluator._score_chunk(0, 64)
         evaluator._adapt(0, 64, sgd, 3)
         assert read.count == 0
-        assert float(evaluator.learnt[0, 0]) > float(evaluator.learnt[0, 1]) > 0
+        assert float(evaluator.epoch_nats[0, 0]) > float(evaluator.epoch_nats[0, 1]) > 0
     assert read.count == 2
 
 
