@@ -1641,8 +1641,8 @@ def mamba_scan(
     """The recurrence on in_proj's outputs, (B, L, columns), with a layer's MambaParameters.
 
     document_start: (B, L) bool or None. state: what earlier tokens left, or None. Returns the gated
-    outputs (B, L, H·P) in projected's dtype, their mean squares (B, L), and the state that is left.
-    Backend "fused" returns None as the state; with a state given, "chunked" takes its place.
+    outputs (B, L, H·P) in projected's dtype, their mean squares (B, L), float32 or more, and the
+    state that is left: None by backend "fused". Given a state, "chunked" stands in for that.
     """
     if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
@@ -1713,7 +1713,7 @@ def empty_state(like: Tensor, batch, heads, channels, state, angles) -> ScanStat
 
 
 def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
-    """The equations' terms: angles added up, keys and queries biased and turned, steps shared."""
+    """The equations' terms: angles summed, keys and queries biased and turned, steps divided."""
     step_size = inputs.step_size
     dtype = step_size.dtype
     if state is None:
@@ -1727,7 +1727,7 @@ def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
     if inputs.angle_rate is not None:
         rate = math.pi * torch.tanh(inputs.angle_rate.to(dtype))
         turn = rate.unsqueeze(2) * step_size.unsqueeze(-1)
-        if turn.shape[1] > 1:  # one token needs no sum, which is not deterministic on GPUs
+        if turn.shape[1] > 1:  # a single token needs no cumsum(), whose order varies on GPUs
             turn = turn.cumsum(dim=1)
         angle = angle + turn
         key, query = (rotate_pairs(x, angle) for x in (key, query))
@@ -1930,10 +1930,10 @@ class Documents(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass shares, of windows of T tokens, or a stream's next T.
+    """What all blocks of a forward pass share, over windows of T tokens or a stream's next T.
 
-    Scans and convolutions read all T tokens of a stream. Attention reads windows of L tokens,
-    TRAIN_SEQ_LEN, which overlap by O; places count from the first of the O tokens before the T.
+    Of a stream, scans and convolutions read the T tokens in a row. Attention reads them in windows
+    of L = TRAIN_SEQ_LEN tokens that overlap by O: places count from the O tokens before the T on.
     """
 
     document_start: Tensor | None  # (B, T) bool, where scans forget; None: nowhere
@@ -2159,22 +2159,23 @@ class ShortConv(nn.Module):
         channels) that precede x, or None. fused: by causal_conv1d, if there is no reach.
         """
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        length, last = x.shape[1], weight.shape[1] - 1
+        length = x.shape[1]
+        past = weight.shape[1] - 1  # how many earlier tokens an output reads
         if before is not None:
             x = torch.cat([before, x], dim=1)
             before = x[:, length:]
             if reach is not None:
-                age = torch.arange(last - 1, -1, -1, device=x.device)
+                age = torch.arange(past - 1, -1, -1, device=x.device)
                 before = before.masked_fill((age > reach[:, -1:]).unsqueeze(-1), 0)
         if fused and reach is None:
             y = library_kernel([x.mT.contiguous(), weight, bias], None, "convolution", 0).mT
             return y[:, x.shape[1] - length :], before
-        padded = F.pad(x, (0, 0, last + length - x.shape[1], 0))
+        padded = F.pad(x, (0, 0, past + length - x.shape[1], 0))
         total = 0
         for i, tap in enumerate(weight.unbind(1)):
-            earlier = padded[:, i : i + length]  # the token last - i places before each
+            earlier = padded[:, i : i + length]  # the token past - i places before each
             if reach is not None:
-                earlier = earlier.masked_fill((reach < last - i).unsqueeze(-1), 0)
+                earlier = earlier.masked_fill((reach < past - i).unsqueeze(-1), 0)
             total = total + tap * earlier
         return F.silu(bias + total), before
 
@@ -2191,8 +2192,8 @@ class Mamba(nn.Module):
 
     Mamba-2 convolves value, key and query first. The first Mamba convolves the value, and makes
     step sizes, keys and queries of that; its heads are single channels (see selective_scan()), and
-    its y is not normed. The newer ones' y would grow a hundredfold in training's first steps.
-    Parameters have the papers' names.
+    its y is not normed. Without the norm, the newer ones' y would grow a hundredfold in training's
+    first steps. Parameters have the papers' names.
     """
 
     def __init__(self, settings, scan_backend: str):
@@ -2241,14 +2242,15 @@ class Mamba(nn.Module):
         start = context.document_start
         if self.conv is not None:
             widths = (self.out_proj.in_features, len(self.conv.weight), self.in_proj.dynamics_rows)
-            gate, mixed, rest = projected.split(widths, dim=-1)
+            gate, mixed, step = projected.split(widths, dim=-1)  # the first Mamba has no step
             mixed, inputs = self.conv(mixed, context.reach, self.backend == "fused", inputs)
-            projected = torch.cat([gate, mixed, rest], dim=-1)
+            projected = torch.cat([gate, mixed, step], dim=-1)
         if self.sizes.version == 1:
             y, scan = self.selective(projected, start, scan, backend)
             return self.out_proj(y), MambaState(scan, inputs)
-        tensors = (projected, self.scan_parameters(), self.sizes, start, scan)
-        y, mean_square, scan = mamba_scan(*tensors, backend, self.chunk_size)
+        y, mean_square, scan = mamba_scan(
+            projected, self.scan_parameters(), self.sizes, start, scan, backend, self.chunk_size
+        )
         # The norm has no weights: its factor is applied after out_proj, which saves a pass over y.
         scale = (mean_square + SCAN_NORM_EPS).rsqrt().unsqueeze(-1)
         return self.out_proj(y, scale), MambaState(scan, inputs)
@@ -2439,7 +2441,10 @@ class Model(nn.Module):
         return self.full_order if recurrent else tuple(range(len(self.blocks)))
 
     def forward(self, tokens: Tensor, order: tuple[int, ...], float8: str = "none") -> Tensor:
-        """Hidden states (B, T, width) of tokens (B, T) int64; float8 is a FLOAT8_PRODUCTS."""
+        """Hidden states (B, T, width) of tokens (B, T) int64; float8: a value of FLOAT8_PRODUCTS.
+
+        order: the layers that run, such as order() gives.
+        """
         return self.through_blocks(self.embed(tokens), order, self.context_of(tokens, float8))
 
     def context_of(self, tokens: Tensor, float8: str = "none") -> Context:
