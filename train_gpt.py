@@ -2697,19 +2697,19 @@ def last_parts(piece: str, merges: dict[str, int]) -> list[str]:
 
 
 class Standing(NamedTuple):
-    """While BPE makes a token, a text stands at its beginning (or end) until a merge takes it in:
-    the tokens with one such text, and in each the merge that takes it in.
+    """The tokens at whose beginning (or end) a text stands by itself for a while, as BPE makes them
+    of smaller texts; and when, in each of them, a merge takes it in.
     """
 
     tokens: np.ndarray  # (n,) int64, sorted by gone
-    gone: np.ndarray  # (n,) float64, the token that the merge makes; inf: the text is the token
+    gone: np.ndarray  # (n,) float64, the token that this merge makes; inf: the text is the token
 
     def after(self, merge: float) -> np.ndarray:
         """The tokens in which the text still stands by itself after this merge."""
         return self.tokens[np.searchsorted(self.gone, merge, side="right") :]
 
 
-def standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) -> dict:
+def find_standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) -> dict:
     """The Standing of every text at the beginning (side 0) or end (1) of tokens, by text.
 
     halves: last_parts() by piece, of pieces that have two.
@@ -2734,16 +2734,16 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
 
     merges: merge_order()'s. Two tokens may be neighbours unless, while BPE makes them, a text at
     the first's end and one at the second's beginning stand side by side when the merge of the two
-    is due. So for each merge, and each way to cut its piece in two, this rules out all tokens that
-    end with the left text for long enough, before all that begin with the right one so long.
+    is due. So for each merge, and each way to cut its piece in two, this rules out all tokens at
+    whose end the left text still stands then, before all at whose beginning the right one does.
     """
     halves = {piece: last_parts(piece, merges) for piece in sorted(merges, key=len)}
     halves = {piece: parts for piece, parts in halves.items() if len(parts) == 2}
-    latest = collections.defaultdict(lambda: -1)  # by piece, the last in order of its own merges
+    latest = collections.defaultdict(lambda: -1)  # by piece, the last of the merges that make it
     for piece, (left, right) in halves.items():
         latest[piece] = max(merges[piece], latest[left], latest[right])
-    begins = standing(halves, merges, 0)
-    ends = standing(halves, merges, 1)
+    begins = find_standing(halves, merges, 0)
+    ends = find_standing(halves, merges, 1)
     never = np.zeros((size, size), bool)
     for piece, merge in merges.items():
         for cut in range(1, len(piece)):
@@ -2751,8 +2751,8 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
             right = piece[cut:]
             if left not in ends or right not in begins:
                 continue
-            # BPE takes merges in their order, and one that fits twice from left to right: within
-            # the first token sooner than between the two, within the second later.
+            # BPE takes merges in their order, and a merge that fits in several places from left to
+            # right: within the first token before the border of the two, within the second after.
             first = ends[left].after(max(merge, latest[right]))
             second = begins[right].after(max(merge - 1, latest[left]))
             never[first[:, None], second] = True
