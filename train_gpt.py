@@ -4139,9 +4139,9 @@ def trellis_search(numbers: Tensor, states: int) -> Tensor:
     x, step, limits = numbers.mT.unsqueeze(2)  # (rows, 1, segments)
     halves, flips = trellis_tables(states, x.device)
     # The nearest points on each of four grids, 0: 2n, 1: 2n + 1/2, 2: 2n + 1, 3: 2n + 3/2.
-    half, last = torch.tensor([[0, 0.5, 0, 0.5], [0, 0, 1, 1]], device=x.device).unsqueeze(2)
-    most = limits - 1 + last
-    integers = 2 * ((x - half - last) / 2 + 0.5).floor() + last
+    half, odd = torch.tensor([[0, 0.5, 0, 0.5], [0, 0, 1, 1]], device=x.device).unsqueeze(2)
+    most = limits - 1 + odd  # limits are odd: the largest integer of the grid
+    integers = 2 * ((x - half - odd) / 2 + 0.5).floor() + odd
     points = integers.clamp(-most, most) + half
     errors = ((x - points) * step).square()
     u = torch.arange(2, device=x.device)
@@ -4183,7 +4183,10 @@ def stand_in(limits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grids(model, settings, matrices: dict[str, Tensor], k: float):
-    """Yields name, weight, limits, row and column steps, with grid_factors, of grid_limits()'s."""
+    """Yields (name, weight, limits, row steps, column steps) of each of grid_limits()'s matrices.
+
+    A matrix in model.grid_factors has its row steps multiplied by these, and limits of INT8_MAX.
+    """
     for name, limits in matrices.items():
         weight = model.get_parameter(name).detach()
         if weight.is_meta:
@@ -4308,11 +4311,12 @@ def calibration_sequences(model, settings, ranks, batches, track=iter) -> Tensor
 def collect_costs(model, batches, ranks, with_energies: bool = False) -> tuple[dict, dict]:
     """What errors cost: every matrix's Hessian, and the energies of linear layers' outputs.
 
-    H = 2 sum x x^T over every input x, float32 (columns, columns): weights that are off by D change
-    the outputs, squared and summed over all inputs, by sum(D H * D) / 2. Energies, if wanted: the
-    mean g^2, float32 (rows,), where g is the gradient of the text's nats by an output: one that is
-    off by e costs about (g e)^2 / 2. Both are returned by weights' names, of all ranks' batches
-    (n, T) int64. Parameters' gradients, perhaps in a CUDA graph's memory, are not touched.
+    H = 2 sum x x^T over every input x, float32 (columns, columns): if weights are off by D, the
+    squares of the outputs' errors, over all inputs, sum to sum(D H * D) / 2. Energies, if wanted:
+    the mean of g^2, float32 (rows,), where g is the gradient of the text's nats by an output: an
+    output that is off by d costs about (g d)^2 / 2. Both are returned by weights' names, of all
+    ranks' batches (n, T) int64. Gradients of parameters, which may be in a CUDA graph's memory,
+    are not touched.
     """
     hessians: dict[str, Tensor] = {}
     energies: dict[str, Tensor] = {}
@@ -4355,8 +4359,8 @@ def collect_costs(model, batches, ranks, with_energies: bool = False) -> tuple[d
 def find_row_costs(solvers: dict, energies: dict) -> dict[str, Tensor]:
     """c_i of each row i in energies, float32 (rows, 1): what errors of its weights cost the text.
 
-    If column j is off by e when it is rounded, GPTQ's corrections leave e / U[j, j] of it in the
-    outputs, which costs energy_i (e / U[j, j])². The mean over columns is c_i e², with
+    If a weight of column j is off by d when it is rounded, GPTQ's corrections leave d / U[j, j] in
+    the outputs, which costs energy_i (d / U[j, j])². The mean over columns is c_i d², with
 
         c_i = energy_i · (mean over j of 1 / U[j, j]²),
 
@@ -4422,7 +4426,10 @@ def factor_hessian(hessian: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor,
 
 
 def factor_hessians(hessians: dict[str, Tensor], damp: float, ranks) -> dict[str, tuple]:
-    """factor_hessian() of each, by name; each rank makes a part. Empties `hessians`; UserError."""
+    """factor_hessian() of each, by name, on all ranks; each rank makes a part.
+
+    Empties `hessians`, to free their memory. Raises UserError if one is not finite.
+    """
     finite = all(hessian.isfinite().all() for hessian in hessians.values())
     need(finite, DIVERGED)  # on all ranks at once, so that none waits for another's factors
     solvers = {}
@@ -4450,10 +4457,10 @@ def gptq(
         q = round(w_j / s_j),    e = (w_j - q s_j) / U[j, j],    W[:, j+1:] -= e U[j, j+1:],
 
     changes the columns to come so that they undo, as well as they can, what rounding column j did
-    to the outputs. Columns after a block get its errors all at once. With trellis_states,
-    round_by_trellis() rounds, rows' errors times weights (..., rows, 1): with the square roots of
-    find_row_costs(), the path that costs least. By errors alone it would care most for rows of
-    large steps, which are large because least depends on them.
+    to the outputs. Columns after a block get its errors all at once. With trellis_states it is
+    round_by_trellis() that rounds, and a row's errors count times weights (..., rows, 1): the
+    square roots of find_row_costs(), so that its paths cost least. Without them, rows with large
+    steps would count most, although their steps are large because little depends on them.
     """
     weight = weight.masked_fill(unused, 0.0).take_along_dim(order, -1)
     scale = scale.take_along_dim(order, -1)
@@ -4642,7 +4649,7 @@ def encode_integers(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
     all states follow. Then the code is reversed, as decoding begins with what came last.
     """
     counts = np.bincount(places, minlength=256 * count).reshape(count, 256)
-    # Each value's part of 65,536 slots, one at least; the most frequent value makes up the sum.
+    # Each value's part of 65,536 slots, one at least; the most frequent gets, or gives, the rest.
     slots = 1 << ANS_BITS
     totals = counts.sum(1, keepdims=True).clip(1)
     frequencies = np.maximum(counts * slots // totals, counts > 0)
@@ -4767,7 +4774,10 @@ FORMER_DEFAULTS |= {"shared_tables": False, "preset": "", "train_seq_len": 0}  #
 
 
 def read_header(line: bytes | str, usual: dict) -> dict:
-    """A line's header, of usual's names and types, or UserError; FORMER_DEFAULTS complete it."""
+    """The header in a line of JSON; FORMER_DEFAULTS stand in for settings that an older one lacks.
+
+    Raises UserError unless it then has the names of `usual`, with values of the same types.
+    """
     header = {}
     with suppress(ValueError, RecursionError):
         found = json.loads(line)
@@ -6122,7 +6132,8 @@ def export(trainer, batches) -> dict:
         remedy = "raise it or SDCLIP_MOST, or make the model smaller"
         grows = k < s.sdclip_most and s.quantizer != "ternary"  # its grids do not depend on k
         need(grows, f"{problem}: {remedy}")
-        k = min(s.sdclip_most, k + 5 * k * (size - target) / size)  # sizes fall as log k rises
+        # A weight's bits, about 3.4, fall as log2 k rises: for 1 % less, k rises 2.4 %. Twice that.
+        k = min(s.sdclip_most, k + 5 * k * (size - target) / size)
         clock.start()
     in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
     aside = Path(f"{s.artifact_path}.late")
