@@ -5078,9 +5078,9 @@ class Log:
             self.told.add(event)
             return
         self.last_line = time.monotonic()
-        told = console or line
+        text = console or line
         try:
-            print(told, flush=True) if self.bar is None else self.bar.write(told, sys.stdout)
+            print(text, flush=True) if self.bar is None else self.bar.write(text, sys.stdout)
         except OSError:  # the console is only a copy: its reader or its terminal may be gone
             sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
             self.bar = None
@@ -5098,7 +5098,7 @@ class Log:
         self.told.add(event)
 
     def failed(self, line: str, **values):
-        """Writes, on any rank, why the run ended; before begin() it does not."""
+        """Writes, on any rank, why the run ended, unless it ended before begin()."""
         if self.bar is not None:
             self.bar.close()
         if self.begun:
@@ -5409,8 +5409,8 @@ class TrainingClock:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 STOP_SIGNALS += (signal.SIGUSR2, signal.SIGXCPU)
 AS_ONE_SECONDS = 3.0  # signals within it count as one: a launcher and a terminal may both send one
-# When signals came, by time.monotonic(), whoever handled them: what one has stopped must not be
-# stopped by the next on its way out. Linux sends PR_SET_PDEATHSIG for each thread of a launcher.
+# When signals came, by time.monotonic(), whoever handled them: a run that ends because of one must
+# not be interrupted by the next. By PR_SET_PDEATHSIG one comes for each thread of a launcher.
 SIGNALLED_AT = [-math.inf]
 PR_SET_PDEATHSIG = 1  # of Linux' prctl(): asks for a signal when the parent process ends
 
@@ -5518,7 +5518,7 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
         late = 0 < ours["max_wallclock_seconds"] < theirs["seconds"] + reserve
         if not late or path == paths[-1] or theirs["export_reserve_seconds"] >= reserve:
             return path, theirs, numbers
-        log(f"{path} leaves too little for EXPORT_RESERVE_SECONDS: the one before")
+        log(f"{path} leaves too little for EXPORT_RESERVE_SECONDS: trying the one before it")
     return None
 
 
@@ -5843,7 +5843,9 @@ class Trainer:
         return fake_quantization(self.model, self.limits, self.qat_k)
 
     def warm_up(self):
-        """Compiles both layer orders and the average off the clock, on random tokens at rate 0."""
+        """Compiles, off the clock, both layer orders, the average, and what calibration and GPTQ
+        call; on random tokens, at rates of 0.
+        """
         s = self.settings
         if AHEAD:
             free, _ = torch.cuda.mem_get_info()
@@ -5984,8 +5986,9 @@ class Trainer:
         left = seconds * (1 - progress) / progress
         pace = {"tokens_per_second": round(rate), "seconds_left": round(left, 1)}
         if self.scored_tokens:
+            # Windows of documents begin with them: about half as long as TRAIN_SEQ_LEN in the mean.
             strides = {"sliding": s.eval_stride, "documents": 2 * s.ttt_lora_piece}
-            reads = s.train_seq_len / strides.get(s.eval_mode, s.train_seq_len)
+            reads = s.train_seq_len / strides.get(s.eval_mode, s.train_seq_len)  # of each token
             steps = reads / 3 if s.eval_mode == "documents" else s.ttt_epochs
             final = (reads / 3 + s.adapts * steps) * self.scored_tokens / rate
             plain = (1 if s.score_mode == "plain" else 2) / 3 * self.scored_tokens / rate
@@ -6542,8 +6545,8 @@ def left_to_torchrun(line: str) -> bool:
     Not if it will restart the ranks. Its traceback comes before that block (torch 2.9 to 2.13).
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    starts = [os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS")]
-    if not path or starts[0] != starts[1]:
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if not path or restarts != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
         return False
     message = {"message": f"\n{line}", "extraInfo": {"timestamp": int(time.time())}}
     Path(path).write_text(json.dumps({"message": message}))
