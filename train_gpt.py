@@ -168,7 +168,7 @@ EVAL_MODES = ("plain", "sliding", "stateful", "documents")
 
 
 def env(default, help, unit="", low=0, high=UNBOUNDED, group=""):
-    """A field of Settings, of its default's type: a number from low to high, unit saying of what; a
+    """A field of Settings, whose type is its default's: a number of `unit`, from low to high; a
     text; or one of the words that unit lists between bars. The first field of a group names it.
     """
     unit = "0|1" if isinstance(default, bool) else unit
@@ -498,9 +498,9 @@ def parse_value(name: str, text: str, kind: type):
 
 
 def read_number(environment: dict[str, str], name: str, default: int):
-    """The number from 0 to 10,000, or bool, in a variable that is no setting; else UserError.
+    """The value of a variable that is no setting; the default if it is unset or empty.
 
-    It has its default's type, and is the default if the variable is unset or empty.
+    It has the default's type, int or bool. Raises UserError for others, and beyond 0 to 10,000.
     """
     text = environment.get(name, "").strip()
     value = parse_value(name, text or str(default), type(default))
@@ -518,13 +518,14 @@ def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     given = {}
     for f in fields(Settings):
         name = f.name.upper()
-        text = environment.get(name, "")
+        if name not in environment:
+            continue
+        text = environment[name]
         if f.metadata["unit"] == "layers":
             text = ",".join(part.strip() for part in text.split(","))  # a list may have line breaks
         elif "|" in f.metadata["unit"] or name == "PRESET":
             text = text.strip()
-        if name in environment:
-            given[f.name] = parse_value(name, text, type(f.default))
+        given[f.name] = parse_value(name, text, type(f.default))
     return Settings(**PRESETS[preset] | given), set(given)
 
 
@@ -731,6 +732,7 @@ def help_text() -> str:
 
 # ==================================================================================================
 # 2. Ranks and device
+# What several processes need of each other, and all that holds for torch in a whole process.
 
 COLLECTIVE_SECONDS = 600.0  # a rank that does not answer for so long ends the run
 CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")  # the limit in bytes, of cgroup v2
