@@ -836,7 +836,7 @@ def read_launch(environment: dict[str, str]) -> tuple[int, int, int]:
 
 
 def choose_device(settings, local_rank: int) -> torch.device:
-    """DEVICE: the CPU, or this rank's GPU, which becomes the current one; UserError without it."""
+    """DEVICE: the CPU, or this rank's GPU, made the current one; UserError if there is none."""
     gpus = torch.cuda.device_count()
     if settings.device == "cpu" or (settings.device == "auto" and not gpus):
         return torch.device("cpu")
@@ -857,7 +857,7 @@ def activation_dtype(settings, device: torch.device) -> torch.dtype:
 
 
 def start_ranks(settings) -> Ranks:
-    """Joins the ranks that torchrun started, if any: gloo, NCCL on GPUs; UserError if it cannot."""
+    """Joins the ranks that torchrun started, if any, by gloo and NCCL; UserError if it cannot."""
     rank, local_rank, world_size = read_launch(dict(os.environ))
     ranks = Ranks(rank, world_size, choose_device(settings, local_rank))
     if world_size == 1:
@@ -1445,7 +1445,9 @@ class ValidationSet(NamedTuple):
 
 
 def load_validation(settings, tokenizer) -> ValidationSet:
-    """The validation shards as one stream; UserError if short, without text, or not tokenizer's."""
+    """The validation shards as one stream; UserError if they are too short, hold no text, or are
+    another tokenizer's.
+    """
     shards = open_shards(settings.data_path, "val")
     tokens = np.concatenate([shard.read() for shard in shards])
     short = f"the validation shards hold {len(tokens)} tokens, less than one sequence and a target"
@@ -2504,7 +2506,7 @@ class Model(nn.Module):
         windows, outputs = stream_windows(seen, overlap, embedded.shape[1], size)
         reach = documents = None
         if self.settings.confines_documents:
-            # Convolutions read the whole part: a document that began before it reaches back over
+            # Convolutions read the whole part: where a document began before it, they may look at
             # all that their states hold. Attention's documents are found in each of its windows.
             reach = find_documents(own, "math").reach
             reach = reach.masked_fill(own.cumsum(dim=1) == 0, tokens.shape[1])
@@ -2513,7 +2515,7 @@ class Model(nn.Module):
         return self.through_blocks(embedded, order, context, states, run_block)
 
     def new_states(self, order: tuple[int, ...], batch: int = 1, kept: int | None = None) -> list:
-        """Every mixer's state before a text, by place: of `kept` tokens, or attention's overlap."""
+        """Each mixer's state before a text, in order; of `kept` tokens, or attention's overlap."""
         kept = self.settings.attention_overlap if kept is None else kept
         mixers = [self.blocks[layer].mixer for layer in order]
         return [mixer.new_state(batch, kept, self.compute_dtype) for mixer in mixers]
@@ -3036,7 +3038,7 @@ def judge_gradients(total: Tensor, clip_norm: float, skip: Tensor, skipped: Tens
 
 
 class Optimizers:
-    """Muon and Adam as one. A step whose gradients are not finite changes nothing on the device."""
+    """Muon and Adam as one. The device itself skips a step whose gradients are not finite."""
 
     def __init__(self, model, settings, ranks):
         self.parameters = list(model.parameters())
@@ -3846,7 +3848,7 @@ class DocumentClock:
         return time.perf_counter() + 1.2 * needed < end
 
     def least_new(self, batch: DocumentBatch, begin: int, branched: bool = True) -> int:
-        """The least number of targets of the next window, from begin on; 0: a piece to learn from.
+        """How many targets, at least, come next from begin on; 0: a piece, which is learnt from.
 
         branched: whether this batch has branches. They are not begun in the middle of documents.
         """
@@ -4015,7 +4017,6 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
 #
 # QUANTIZER=gptq is all of that, round takes the nearest integers; percentile, dsq and ternary have
 # grid steps of their own (section 12). These steps are not section 4's step sizes dt.
-
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
@@ -4213,13 +4214,14 @@ def predict_bytes(model, settings, k: float, solvers=None) -> float:
 
 @torch.no_grad()
 def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
-    """Bytes of the artifact with this k: by values of KINDS, of "vectors", and "beside" numbers.
+    """Bytes of the artifact with this k: by values of KINDS, of "vectors", and of what is "beside".
 
     GPTQ's integers are not known yet: the nearest ones stand in, of weights that spread_by_gptq()
     has spread as GPTQ would (solvers: calibrate()'s). Measured: the coder takes 0.1 % more than the
-    entropy, and 4 bytes for each lane's last state, which hold about as many bits as the packed
-    frequencies cost. LZMA makes at most 0.6 bytes of one of coarse_steps(), 1.6 of another step,
-    0.35 of one of measure_reaches(). A skeleton's weights are Gaussian: stand_in().
+    entropy. Each lane's last state takes 4 bytes; the frequencies, packed, are not counted, as
+    these states hold integers worth about as much. LZMA makes at most 0.6 bytes of one of
+    coarse_steps(), 1.6 of another step, 0.35 of one of measure_reaches(). A skeleton's weights are
+    Gaussian: stand_in().
     """
     matrices = grid_limits(model)
     others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
@@ -4259,7 +4261,7 @@ def spread_by_gptq(weight: Tensor, scale: Tensor, upper: Tensor, by_trellis: boo
 
 
 def fit_sdclip(model, settings, target_bytes: float, solvers=None) -> float:
-    """SDCLIP_K or, if 0, the least k that should fit, or SDCLIP_MOST; UserError if not finite."""
+    """SDCLIP_K or, if 0, the least k that should fit, or SDCLIP_MOST; UserError if diverged."""
     finite = all(p.is_meta or p.isfinite().all() for p in model.parameters())
     need(finite, f"weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
@@ -4546,7 +4548,6 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
 # in_proj's row steps are in the order of MambaSizes.columns(). Those of its int8 rows, step sizes
 # first, are the last dynamics_rows. exact_steps() has made every step a float16 number, those of
 # int8 rows too: their 8 bits buy reach (little clipping) and, at a large k, a finer grid.
-
 
 ARTIFACT_MAGIC = b"SSMGOLF4"  # changes with the layout above
 MOST_NUMBERS = 1 << 26  # of a model that is loaded: 256 MB in float32
@@ -4970,7 +4971,6 @@ def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Set
 # ==================================================================================================
 # 10. Training and main
 # In the order of a run: its log, clock, checkpoints, training, export, and main(), which calls all.
-
 
 MADE_FOLDERS = []  # by this process's make_folder(), the innermost first
 
