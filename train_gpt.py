@@ -1329,10 +1329,8 @@ class Tokenizer:
         self.piece_bytes = np.where(self.is_special, 0, lengths)
         self.has_operators = pieces[CASE_OPERATOR_IDS] == [*CASE_OPERATORS]
         elsewhere = not self.has_operators and {*CASE_OPERATORS} <= {*pieces}
-        need(
-            not elsewhere,
-            f"{path} has operators of capitals, but not as tokens 4 to 7: train it anew",
-        )
+        problem = f"{path} has operators of capitals, but not as tokens 4 to 7: train it anew"
+        need(not elsewhere, problem)
         self.drops_space = True  # whether decoding drops the space with which a text begins
         if self.has_operators:
             others = [*pieces]
@@ -2630,6 +2628,7 @@ def spelling_matrix(tokenizer, most: int) -> Tensor:
     for token in np.flatnonzero(tokenizer.is_text):
         found[token].update(spelling_of(tokenizer.pieces[token]))
     frequent = collections.Counter(name for names in found for name in names).most_common(most)
+    # most_common() puts these first: places have no gaps.
     column = {name: place for place, (name, count) in enumerate(frequent) if count > 1}
     matrix = torch.zeros(len(found), len(column))
     for row, names in zip(matrix, found, strict=True):
@@ -3332,8 +3331,8 @@ class StateRelay:
 
     def end_round(self):
         """Gives the first rank the states after the round's last part; waits for what was sent."""
-        last = self.parts - 1
-        if 0 < last == self.ranks.rank:
+        last = self.parts - 1  # the rank of the round's last part
+        if last > 0 and self.ranks.rank == last:
             for state in self.states:
                 self.sent += self.ranks.send(tensors_of(state), 0)
         if last > 0 and self.ranks.rank == 0:
@@ -3692,8 +3691,8 @@ class Evaluator:
 
         parts = self._in_parts(rows, score)
         if len(parts) > 1:  # without what gradients need
-            joins = np.concatenate, torch.cat, torch.cat, torch.cat
-            parts = [[join(x) for join, x in zip(joins, zip(*parts, strict=True), strict=True)]]
+            positions, *tensors = zip(*parts, strict=True)
+            parts = [(np.concatenate(positions), *map(torch.cat, tensors))]
         *piece, nats = parts[0]
         return piece, nats
 
@@ -3708,7 +3707,8 @@ class Evaluator:
         hidden = self.model(excerpt.tokens, self.order)
         columns = slice(begin - context, end - context)
         piece = [x[:, columns] for x in excerpt[:3]]
-        return excerpt, piece, self.model.nats(hidden[:, columns], piece[2], piece[1])
+        _, tokens, targets = piece
+        return excerpt, piece, self.model.nats(hidden[:, columns], targets, tokens)
 
     def _collect(self, epochs_given_up: int) -> Score:
         """The Score of all ranks' nats; RuntimeError if a target was not scored exactly once."""
@@ -3773,7 +3773,7 @@ def plan_batches(tokens: np.ndarray, settings) -> list[DocumentBatch]:
     begins = np.union1d(0, np.flatnonzero(tokens == BOS_ID))
     lengths = np.diff(begins, append=len(tokens) - 1)  # 0: a BOS that ends the stream
     order = np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)]
-    facts = np.stack([begins, lengths])[:, order, None]
+    facts = np.stack([begins, lengths])[:, order, None]  # (2, documents, 1)
     facts = np.pad(facts, ((0, 0), (0, -len(order) % slots), (0, 0)))
     return [DocumentBatch(*part) for part in np.split(facts, facts.shape[1] // slots, axis=1)]
 
@@ -4239,8 +4239,10 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
         integers = round_to_grid(weight, scale, limits)
         places = code_places(measure_reaches(settings, integers), integers)
         counts[name] = count_values(places) * (p.numel() / weight.numel())
-        exact = (coarse_steps(rows) != rows).double().mean()
-        steps = (0.6 + float(exact)) * len(p) + (1.6 * p.shape[1] if (columns != 1).any() else 0)
+        fine = float((coarse_steps(rows) != rows).double().mean())  # the part of steps that are
+        steps = (0.6 + fine) * len(p)
+        if (columns != 1).any():
+            steps += 1.6 * p.shape[1]
         parts[layer_kind(name)] += steps + 0.35 * settings.shared_tables * sum(p.shape)
     for names in codes_of(settings, matrices):
         bits = code_bits(sum(counts[name] for name in names))
@@ -5322,10 +5324,10 @@ def claimed_artifact(settings):
 
 
 def find_settings(settings) -> tuple[Path | None, dict, str]:
-    """The log of the run that wrote ARTIFACT, its SCORED_WITH by name, and words on their source.
+    """The log of the run that wrote ARTIFACT, what it has of SCORED_WITH, and words on this source.
 
-    The log is RUN_ID's or stands beside; None, {}, "" if neither names the file. The words also
-    tell which of its settings no longer exist.
+    The log is RUN_ID's or stands beside the file; None, {}, "" if neither names that. The words
+    also tell which of its settings no longer exist.
     """
     found = file_sha256(settings.artifact_path)
     beside = str(settings.artifact_path).removesuffix(".int6.lzma")
@@ -5361,8 +5363,8 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
         need(not path.exists(), f"no artifact at {s.artifact_path} yet, but {begun}")
     header, _ = read_artifact(s.artifact_path)
     log, logged, words = find_settings(s)
-    ours = "preset" in given or header["preset"] not in PRESETS
-    preset = logged.get("preset", s.preset if ours else header["preset"])
+    by_header = "preset" not in given and header["preset"] in PRESETS
+    preset = logged.get("preset", header["preset"] if by_header else s.preset)
     theirs = asdict(Settings(**PRESETS[preset] | {"preset": preset}))
     window = header["train_seq_len"]  # 0: not known
     theirs |= ({"train_seq_len": window} if window else {}) | logged
@@ -5512,8 +5514,8 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
         except UserError as error:
             if settings.resume != "auto":
                 raise
-            whole = isinstance(error, OtherVersionError)  # its own script can still use it
-            need(not whole, f"{error}; RESUME=never starts anew")
+            intact = isinstance(error, OtherVersionError)  # its own script can still use it
+            need(not intact, f"{error}; RESUME=never starts anew")
             log(f"warning: {error}")
             continue
         differ = differences(theirs, ours, settings)
