@@ -1117,7 +1117,7 @@ def log_hashes(settings, training, validation: list[Shard], log, first=True):
     record["validation"] = {shard.path.name: shard.sha256 for shard in validation}
     recorded, overlap, absent = recorded_hashes(folder, training, record["validation"])
     if absent:
-        log(f"warning: {folder} lacks {shown(', '.join(absent))}, which its manifest.json scores")
+        log(f"warning: {folder} lacks {shown(', '.join(absent))}, which its manifest.json lists")
     record |= {"training": recorded} if training else {}
     for kind, hashes in record.items():
         parts = [f"{shown(name)} {sha256}" for name, sha256 in hashes.items() if sha256]

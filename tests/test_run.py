@@ -1301,7 +1301,7 @@ def test_a_manifest_is_believed_of_files_of_its_size_time_and_sample(shards, tmp
     taken = [line.startswith("SHA-256, training (by manifest.json): words") for line in lines]
     assert sum(taken) == believed
     warnings = [line for line in lines if line.startswith("warning: ")]
-    lacks = f"warning: {folder} lacks words_val_000001.bin, which its manifest.json scores"
+    lacks = f"warning: {folder} lacks words_val_000001.bin, which its manifest.json lists"
     assert warnings == [lacks] * len(absent)
 
 
