@@ -460,7 +460,7 @@ EXPORT_FIELDS = {name for name, group in FIELDS.items() if group == "export"}
 
 
 def shown(value) -> str:
-    """A value as a one-line error quotes it: as a user would type it, 200 characters at most."""
+    """A value as a one-line error quotes it: as a user would type it, cut after 200 characters."""
     value = int(value) if isinstance(value, bool) else value
     text = str(UserError(str(value)))
     text = text if text.isprintable() else repr(value)
@@ -3405,7 +3405,7 @@ class Evaluator:
             self.rows = round_up(settings.ttt_lora_slots, ROW_STEP)
         chunks = math.ceil(self.total / self.chunk)
         self.epoch_nats = torch.zeros(chunks, 2, device=ranks.device)  # CHUNK_COLUMNS' first
-        self.part = self._part_tokens()
+        self.part_tokens = self._part_tokens()
         self.branches = None  # of the batch of documents at hand
         self.relay = StateRelay(ranks, [])
         self.states_from = 0  # the position from which on the states know the text
@@ -3519,11 +3519,11 @@ class Evaluator:
         rank, overlap = self.ranks.rank, self.settings.attention_overlap
         if first == 0:
             self.relay.states = self.model.new_states(self.order)
-        for begin in range(first, last, self.part * self.ranks.world_size):
-            parts = range(begin, last, self.part)[: self.ranks.world_size]
+        for begin in range(first, last, self.part_tokens * self.ranks.world_size):
+            parts = range(begin, last, self.part_tokens)[: self.ranks.world_size]
             self.relay.parts = len(parts)
             if rank < len(parts):
-                excerpt, hidden = self._resume(parts[rank], self.part)
+                excerpt, hidden = self._resume(parts[rank], self.part_tokens)
                 before, targets = (x[:, overlap:] for x in (excerpt.tokens, excerpt.targets))
                 nats = self.readout_function(hidden, targets, before)
                 self._keep(excerpt, parts[rank], last, F.pad(nats, (overlap, 0)))
@@ -3744,11 +3744,11 @@ class Evaluator:
 #
 # So a score depends on earlier tokens of its own document, and on how long DocumentClock lets it
 # learn: not on what is read beside it, nor on the order, nor on the number of ranks.
-WIDTH_STEP = 64  # windows are filled up to a multiple, a scan's chunk, so that shapes are few
-ROW_STEP = 16  # on GPUs, so are the documents read at once, by such as have ended
+WIDTH_STEP = 64  # windows are filled up to a multiple of it, a scan's chunk: shapes are few
+ROW_STEP = 16  # likewise, on GPUs, of documents read at once: some that have ended are read on
 BRANCH_GAIN = 1.8  # of B A x beside W x
 BRANCH_BETA2 = 0.99  # how much of s a step keeps
-BRANCHED = ("mlp", "head", "query", "key", "value", "out", "in_proj", "out_proj")  # may have some
+BRANCHED = ("mlp", "head", "query", "key", "value", "out", "in_proj", "out_proj")  # may have one
 
 
 def round_up(number: int, step: int) -> int:
@@ -4534,11 +4534,11 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
 # The record, once decompressed, has an entry for each parameter in the order of
 # Model.named_parameters(), then what the decoder has to know, without gaps: name, type, numbers.
 #
-#     bigram_scale                           float16   1                a vector, rounded to it;
+#     bigram_scale                           float16   1                a vector, in that type
 #     ...
 #     embedding.weight                       float16   vocab + width    a matrix's grid steps of
 #     ...                                                               rows, then of columns
-#     blocks.0.mixer.dt_bias                 float32   heads            with D alone: float_type()
+#     blocks.0.mixer.dt_bias                 float32   heads            D's too: see float_type()
 #     ...
 #     blocks.0.mixer.in_proj.weight          float16   rows + columns   columns': 1 but with dsq
 #     ...
@@ -4562,7 +4562,7 @@ DIGEST_BYTES = 32
 # times in 65,536 makes the state about 65,536 / f times as large: log2(65,536 / f) bits. It can
 # be popped again because the 65,536 remainders are shared out as slots, f to each value. Values
 # are pushed from the last to the first, so that they are popped in order.
-ANS_LANES = 256  # states, which take turns: number n of a matrix is on state n % 256
+ANS_LANES = 256  # states, which take turns: number n of a code is on state n % 256
 ANS_BITS = 16  # frequencies sum to 2^16; states have 17 to 32 bits between two values
 
 # A value's frequency is counted among integers that reach as far, in whichever matrix: as steps
