@@ -595,9 +595,13 @@ def refuse_idle(settings, given: set[str]):
     """
     mode = settings.eval_mode
     for name in sorted(given):
+        modes = modes_that_read(name)
         concerns = name.startswith("ttt_") or "eval_mode" not in given
-        idle = concerns and mode not in modes_that_read(name)
-        need(not idle, f"{name.upper()} means nothing with EVAL_MODE={mode}: unset one of them")
+        idle = concerns and mode not in modes
+        others = [n.upper() for n in sorted(given) if not {*modes} & {*modes_that_read(n)}]
+        problem = f"{name.upper()} means nothing with EVAL_MODE={mode}"
+        problem += f", and no mode reads it beside {others[0]}" if others else ""
+        need(not idle, f"{problem}: unset one of them")
 
 
 def check(settings, name: str, condition: bool, problem: str):
@@ -1443,9 +1447,7 @@ class ValidationSet(NamedTuple):
 
 
 def load_validation(settings, tokenizer) -> ValidationSet:
-    """The validation shards as one stream; UserError if they are too short, hold no text, or are
-    another tokenizer's.
-    """
+    """The validation shards as one stream; UserError if short, textless or another tokenizer's."""
     shards = open_shards(settings.data_path, "val")
     tokens = np.concatenate([shard.read() for shard in shards])
     short = f"the validation shards hold {len(tokens)} tokens, less than one sequence and a target"
@@ -3170,9 +3172,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def after_step(self, steps_done: int, skip: Tensor, snapshot: bool):
-        """swa takes a snapshot if one is due, unless skip () is 1. A Trainer's make_average may be
-        another class, which goes by steps_done.
-        """
+        """swa takes a snapshot if due, unless skip () is 1. steps_done: for other averages."""
         if self.swa and snapshot:
             self.take_in(self.swa, self.ema or self.parameters, 1 / (self.snapshots + 1), skip)
             self.snapshots += 1 - skip

@@ -324,9 +324,11 @@ def test_two_typed_settings_that_contradict_each_other_are_refused(typed, named)
     ids=str,
 )
 def test_typed_settings_that_no_mode_reads_together_are_refused(typed, named):
-    """One of them did nothing, without a word."""
+    """One of them did nothing, without a word; then the other was not named, which is to go."""
     settings, given = t.read_settings(typed)
-    with pytest.raises(t.UserError, match=f"^{named} means nothing with EVAL_MODE="):
+    (other,) = typed.keys() - {named, "PRESET"}
+    said = f"^{named} means nothing with EVAL_MODE=[a-z]+, and no mode reads it beside {other}: un"
+    with pytest.raises(t.UserError, match=said):
         t.refuse_idle(settings, given)
     t.refuse_idle(*t.read_settings({name: typed[name] for name in typed if name != named}))
 
