@@ -1717,7 +1717,7 @@ def empty_state(like: Tensor, batch, heads, channels, state, angles) -> ScanStat
 
 
 def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
-    """The equations' terms: angles summed, keys and queries biased and turned, steps divided."""
+    """The equations' terms: angles summed, keys and queries biased and turned, steps in two."""
     step_size = inputs.step_size
     dtype = step_size.dtype
     if state is None:
@@ -2447,7 +2447,7 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, order: tuple[int, ...], float8: str = "none") -> Tensor:
         """Hidden states (B, T, width) of tokens (B, T) int64; float8: a value of FLOAT8_PRODUCTS.
 
-        order: the layers that run, such as order() gives.
+        order: the layers that run, as order() gives them.
         """
         return self.through_blocks(self.embed(tokens), order, self.context_of(tokens, float8))
 
@@ -3404,7 +3404,7 @@ class Evaluator:
         if settings.eval_mode == "documents":
             self.rows = round_up(settings.ttt_lora_slots, ROW_STEP)
         chunks = math.ceil(self.total / self.chunk)
-        self.epoch_nats = torch.zeros(chunks, 2, device=ranks.device)  # CHUNK_COLUMNS' first
+        self.epoch_nats = torch.zeros(chunks, 2, device=ranks.device)  # two CHUNK_COLUMNS
         self.part_tokens = self._part_tokens()
         self.branches = None  # of the batch of documents at hand
         self.relay = StateRelay(ranks, [])
@@ -3940,7 +3940,7 @@ class Branches:
 
     @torch.no_grad()
     def move(self, matrix: Tensor, square: Tensor, direction: Tensor):
-        """A step of a matrix (slots, ...) in a direction; square: its s, of its own gradient.
+        """A step of a matrix (slots, ...) in a direction; square: the s of its gradient.
 
         step() gives the gradient as the direction; a subclass may give another.
         """
@@ -4239,7 +4239,7 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
         integers = round_to_grid(weight, scale, limits)
         places = code_places(measure_reaches(settings, integers), integers)
         counts[name] = count_values(places) * (p.numel() / weight.numel())
-        fine = float((coarse_steps(rows) != rows).double().mean())  # the part of steps that are
+        fine = float((coarse_steps(rows) != rows).double().mean())  # part of steps: not coarse
         steps = (0.6 + fine) * len(p)
         if (columns != 1).any():
             steps += 1.6 * p.shape[1]
@@ -5992,7 +5992,7 @@ class Trainer:
         left = seconds * (1 - progress) / progress
         pace = {"tokens_per_second": round(rate), "seconds_left": round(left, 1)}
         if self.scored_tokens:
-            # Windows of documents begin with them: about half as long as TRAIN_SEQ_LEN in the mean.
+            # A document's windows begin with it: in the mean they have half of TRAIN_SEQ_LEN.
             strides = {"sliding": s.eval_stride, "documents": 2 * s.ttt_lora_piece}
             reads = s.train_seq_len / strides.get(s.eval_mode, s.train_seq_len)  # of each token
             steps = reads / 3 if s.eval_mode == "documents" else s.ttt_epochs
