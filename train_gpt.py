@@ -1717,7 +1717,7 @@ def empty_state(like: Tensor, batch, heads, channels, state, angles) -> ScanStat
 
 
 def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
-    """The equations' terms: angles summed, keys and queries biased and turned, steps in two."""
+    """The equations' terms: angles summed, keys and queries biased and turned, steps split."""
     step_size = inputs.step_size
     dtype = step_size.dtype
     if state is None:
