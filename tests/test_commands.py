@@ -357,6 +357,13 @@ def test_a_full_disk_is_told_by_the_files_name_and_leaves_no_part_of_it(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_that_is_no_text_can_be_written(tmp_path):
+    """Run and folder names may have any bytes; one of a log beside a submission's ended package."""
+    out = tmp_path / "a.txt"
+    write_whole(out, "b\udcff×\n")
+    assert out.read_bytes() == "b\\udcff×\n".encode()
+
+
 def test_what_is_written_does_not_go_through_a_link_in_its_way(tmp_path):
     other, out = tmp_path / "other", tmp_path / "a.txt"
     other.write_text("kept")

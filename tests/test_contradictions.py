@@ -51,6 +51,8 @@ def test_figures_that_are_edited_in_one_of_the_logs_are_seen(logs):
     found(logs, ".txt has bytes_total 15914779, .jsonl 15000000")
     logs.events["settings"]["machine"]["hardware"] = "8 × NVIDIA H100 80GB HBM3"
     found(logs, "HARDWARE 1 × NVIDIA H200")
+    edit(logs, "trained", val_bpb=0.5)  # package's table shows it as "before quantization"
+    found(logs, "0.5000")
     edit(logs, "trained", train_clock_seconds=170.0)
     found(logs, "a clock of 177.4 s, .jsonl of 170.000 s")
 
@@ -138,6 +140,7 @@ def test_limits_are_the_contests_whatever_the_settings_say(logs):
     found(logs._replace(text=generous), "16,000,001 bytes are over the cap of 16,000,000")
     assert evidence.limit_of("0.0") == evidence.limit_of("what") == evidence.limit_of(1e9) == 600
     assert evidence.limit_of("180.0") == 180
+    assert evidence.limit_of("nan") == evidence.limit_of("-1") == 600  # nothing is more than nan
 
 
 def test_epochs_given_up_with_time_to_spare_are_seen(logs):
@@ -240,6 +243,19 @@ def test_files_are_the_same_in_both_logs_and_no_shard_is_scored_that_was_learnt(
     learnt = with_hashes(logs, training={"a.bin": "3" * 64, "b.bin": "2" * 64})
     found(learnt, "v.bin is a training shard too, by its SHA-256")
     found(with_hashes(logs, validation=[1]), ".jsonl validation")
+
+
+def test_shards_that_a_log_counts_and_does_not_name_are_seen(logs):
+    """One whose name was taken out of both logs could be the validation text."""
+    logs = with_hashes(logs)
+    for kind, count in (("validation", 1), ("training", 2)):
+        data = logs.events[f"{kind}_data"] = {"shards": count}
+        assert evidence.miscounted_shards(logs) == []
+        data["shards"] += 1
+        (told,) = evidence.miscounted_shards(logs)
+        assert told == f"the log counts {count + 1} {kind} shards, and names {count}"
+        found(logs, told)
+        data["shards"] = count
 
 
 def test_files_are_held_against_those_at_hand(logs):

@@ -151,6 +151,8 @@ def write_run(
         log("evaluation: attempt 1", "evaluation", attempt=1)
         took = f"evaluation took {evaluation:.1f}s of {s.eval_max_seconds:g}s"
         at(now + 20 + evaluation)(f"{took}; 0 epochs given up")
+        if s.eval_nll_path:
+            log(f"nats of 40,540,802 targets: {s.eval_nll_path}", "target_nats")
         final = score(loss, bytes_per_token)._replace(seconds=evaluation)
         report(log, "final", s, final)
     log.close()
@@ -179,7 +181,7 @@ def log_start(log: t.Log, s: t.Settings, about: dict, text: dict, training: dict
     log(overlap, "hashes", **hashes, overlap_documents=None)
     if training is None:
         return  # a start that only evaluates opens no training shard
-    data = {"shards": 80, "tokens": 8_000_000_000, "digest": "0123456789abcdef"} | training
+    data = {"shards": 2, "tokens": 8_000_000_000, "digest": "0123456789abcdef"} | training
     line = "training data: {tokens:,} tokens in {shards} shards (names and lengths {digest})"
     log(line.format(**data), "training_data", **data)
 
@@ -1058,7 +1060,7 @@ def test_every_question_of_a_reviewer_has_an_answer(tmp_path):
     assert answers["tokenizer"] == "the contest's, sp8192"
     assert answers["one run, whole"] == "every run was trained in one start"
     assert answers["attempts at the evaluation"] == "one for every run"
-    assert "8,000,000,000 training tokens in 80 shards" in answers["provenance of the data"]
+    assert "8,000,000,000 training tokens in 2 shards" in answers["provenance of the data"]
     assert answers["calibration"] == "not in this log"
     assert answers["significance"] == "no baseline was given"
     assert "ANOTHER SCRIPT: it differs in" in answers["readable source"]  # only its beginning
@@ -1107,12 +1109,14 @@ def test_a_seed_that_is_left_out_is_told_and_no_record(tmp_path):
     other = write_run(tmp_path / "logs", "other", 3.2, seed=99)
     write_run(tmp_path / "logs", "different", 3.2, seed=98, matrix_lr=0.03)
     write_run(tmp_path / "logs", "unfinished", 3.2, seed=97, stopped=300.0)
+    for end in (".txt", ".jsonl"):  # a name of a byte that is no text
+        named = other.with_suffix(end).rename(tmp_path / "logs" / f"other\udcff{end}")
     assert pack(tmp_path / "out", *logs) == 0
-    told = f"packaged: 11, 22, 33; left out: 99 (val_bpb {bpb(3.2):.5f}, other.jsonl); "
+    told = f"packaged: 11, 22, 33; left out: 99 (val_bpb {bpb(3.2):.5f}, other\\udcff.jsonl); "
     told += "left out: 97 (without a score, unfinished.jsonl)"
     assert rows(tmp_path / "out")["seeds run"] == told
-    left_out = f"SEED=99 was run too and is left out ({other.with_suffix('.jsonl')})"
-    assert reasons(tmp_path / "out") == [left_out]
+    place = str(named).replace("\udcff", "\\udcff")
+    assert reasons(tmp_path / "out") == [f"SEED=99 was run too and is left out ({place})"]
 
 
 def test_a_resumed_run_is_named_with_all_its_starts_and_what_they_trained(tmp_path):

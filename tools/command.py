@@ -49,13 +49,18 @@ def need_place(out: Path, *inputs: Path, ending: str = "") -> None:
         raise UserError(f"{out}: {error.strerror}") from None
 
 
+def encoded(text: str) -> bytes:
+    """As UTF-8; a file's name may have bytes that are none, which are escaped, as a log does it."""
+    return text.encode(errors="backslashreplace")
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file so that no reader, and no interruption, ever leaves half of it.
 
     What cannot be written leaves nothing; the error has the file's name, as a full disk's has not.
     """
     temporary = path.with_name(path.name + ".part")
-    data = content.encode() if isinstance(content, str) else content
+    data = encoded(content) if isinstance(content, str) else content
     try:
         temporary.unlink(missing_ok=True)  # or a link would lead what is written to another file
         temporary.write_bytes(data)

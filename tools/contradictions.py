@@ -50,6 +50,7 @@ TRAIN_LINE = re.compile(
     r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms step_avg:([\d.]+)ms", re.MULTILINE
 )
 VALIDATION_LINE = re.compile(r"^step:(\d+)/\d+ val_loss:(\S+) val_bpb:(\S+)", re.MULTILINE)
+BEFORE_LINE = re.compile(r" val_loss:(\S+) val_bpb:(\S+) before quantization$", re.MULTILINE)
 PLAIN_LINE = re.compile(r"_plain_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE)
 # What one start records at most once.
 ONCE = (
@@ -118,7 +119,7 @@ def inner_contradictions(logs: RunLogs) -> list[str]:
     found = [*disagreements(logs), *other_lines(logs), *impossible_clocks(logs)]
     found += [*impossible_evaluations(logs), *miscounted_texts(logs)]
     found += [*other_sums(logs), *other_scored(logs), *odd_records(logs)]
-    return found + learnt_shards(logs)
+    return found + learnt_shards(logs) + miscounted_shards(logs)
 
 
 def disagreements(logs: RunLogs) -> list[str]:
@@ -185,6 +186,11 @@ def lines_of(logs: RunLogs) -> dict[str, tuple[list[tuple[str, ...]], list[tuple
         for r in logs.records
         if r["event"] == "validation"
     ]
+    before = [
+        (f"{r['val_loss']:.4f}", f"{r['val_bpb']:.4f}")
+        for r in logs.records
+        if r["event"] == "trained"
+    ]
     plain = [
         (f"{r['val_loss']:.8f}", f"{r['val_bpb']:.8f}")
         for r in logs.records
@@ -206,6 +212,7 @@ def lines_of(logs: RunLogs) -> dict[str, tuple[list[tuple[str, ...]], list[tuple
     overlap = [(text,) for text in OVERLAP_LINE.findall(messages)]
     counted = [(overlap_text(record),) for record in hashes]
     told = {"SHA-256 of the files": (files, hashed), "overlap": (overlap, counted)}
+    told["the score before quantization"] = BEFORE_LINE.findall(messages), before
     return told | {
         "validation text": (VALIDATION_DATA_LINE.findall(messages), validation_data),
         "training data": (TRAINING_DATA_LINE.findall(messages), training_data),
@@ -248,6 +255,17 @@ def overlap_text(record: dict) -> str:
     """How many validation documents are training documents too, as a line of text has it."""
     number = record.get("overlap_documents")
     return f"{number:,}" if isinstance(number, int) else "not known"
+
+
+def miscounted_shards(logs: RunLogs) -> list[str]:
+    """Shards that a run counted, and those that it names, hashed or not, are as many."""
+    found = []
+    for kind, event in (("validation", "validation_data"), ("training", "training_data")):
+        named = files_of(logs.events.get("hashes", {}), kind)
+        counted = number_in(logs.events.get(event, {}), "shards")
+        if named and counted not in (None, len(named)):
+            found.append(f"the log counts {counted:.0f} {kind} shards, and names {len(named)}")
+    return found
 
 
 def learnt_shards(logs: RunLogs) -> list[str]:
@@ -521,9 +539,10 @@ def broken_limits(logs: RunLogs) -> list[str]:
 def limit_of(own: float | str) -> float:
     """The seconds that count: a run's own limit, and the contest's where that is less or none."""
     try:
-        return min(float(own) or LIMIT_SECONDS, LIMIT_SECONDS)
+        limit = float(own)
     except ValueError:
         return LIMIT_SECONDS
+    return min(limit, LIMIT_SECONDS) if limit > 0 else LIMIT_SECONDS  # nan, too, is none
 
 
 def lost_parts(logs: RunLogs) -> list[str]:

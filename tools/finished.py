@@ -49,9 +49,10 @@ from tools.logs import (
 )
 from tools.pack_script import FIRST
 
-# The last two messages of a finished run: seconds; val_loss, val_bpb.
+# The last messages of a finished run: seconds; val_loss, val_bpb. EVAL_NLL_PATH has one between.
 FINAL = re.compile(
-    r"^evaluation took ([\d.]+)s of .*\n\S+_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE
+    r"^evaluation took ([\d.]+)s of .*\n(?:nats of .*\n)?\S+_exact val_loss:(\S+) val_bpb:(\S+)$",
+    re.MULTILINE,
 )
 FOREIGN_FINAL = re.compile(r"_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)[ \t]*$", re.MULTILINE)
 

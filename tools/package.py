@@ -33,7 +33,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools import evidence
-from tools.command import Parser, UserError, environment_value, need, run_command
+from tools.command import Parser, UserError, encoded, environment_value, need, run_command
 from tools.contradictions import CAP_BYTES
 from tools.evidence import Row
 from tools.finished import (
@@ -540,8 +540,8 @@ def package(given: argparse.Namespace) -> list[str]:
     files = {
         "train_gpt.py": script.encode(),
         "requirements.txt": read_bytes(requirements),
-        "submission.json": (json.dumps(entry, indent=2, ensure_ascii=False) + "\n").encode(),
-        "README.md": readme(runs, entry, script, source, reasons, rows, gain).encode(),
+        "submission.json": encoded(json.dumps(entry, indent=2, ensure_ascii=False) + "\n"),
+        "README.md": encoded(readme(runs, entry, script, source, reasons, rows, gain)),
     }
     files |= {} if source is None else {READABLE: source}
     files |= log_files(runs, given.parts)

@@ -235,10 +235,11 @@ def check_training(case: Case) -> Finding:
 
 
 def compare_training(case: Case, trained: dict[str, str]) -> tuple[bool, str]:
-    """Whether --train has all shards that the log names, no validation document in them; in words.
+    """Whether --train has all shards that the log names by SHA-256, no validation document in
+    them; in words.
 
-    Raises Broken for a shard whose SHA-256 is not the log's. A document that goes on in the next
-    shard is not found.
+    Raises Broken for a shard whose SHA-256 is not the log's. One that the log only names may be
+    another of that name. A document that goes on in the next shard is not found.
     """
     wanted = text.document_digests(case.tokens)
     found = set()
@@ -252,8 +253,11 @@ def compare_training(case: Case, trained: dict[str, str]) -> tuple[bool, str]:
         found.update(set(wanted).intersection(text.document_digests(text.read_shard(path).tokens)))
     doubled = sum(digest in found for digest in wanted)
     told = f"{len(paths)} of them read here: {doubled:,} of {len(wanted):,} validation documents"
-    clean = not doubled and len(paths) == len(trained)
-    return clean, f"{told} are in them, token for token"
+    told += " are in them, token for token"
+    unknown = [path.name for path in paths if not trained[path.name]]
+    if unknown:
+        told += f"; whether the run read these {len(unknown)}, the log has no SHA-256 to tell"
+    return not (doubled or unknown) and len(paths) == len(trained), told
 
 
 def check_hidden_text(case: Case) -> Finding:
@@ -412,6 +416,8 @@ def check_log(case: Case) -> Finding:
         return Finding(FAILS, f"{'; '.join(found)}; {told}")
     if not case.logs.events:
         return Finding(OPEN, f"{told}; the .jsonl is missing, so there is little to compare")
+    if lacking := contradictions.unprinted(case.logs):
+        return Finding(OPEN, f"no contradiction; {told}; not in both logs: {', '.join(lacking)}")
     return Finding(HOLDS, f"no contradiction; {told}; that the log is true is the runner's word")
 
 

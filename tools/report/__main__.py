@@ -21,7 +21,7 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.report", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, UserError, need, need_place, run_command, write_whole
+from tools.command import Parser, UserError, encoded, need, need_place, run_command, write_whole
 from tools.logs import not_a_log
 from tools.report import charts, sections
 from tools.report.markup import Html, element, from_markdown, join
@@ -146,7 +146,7 @@ def main() -> int:
         text = page(runs, given)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise not_a_log(", ".join(map(str, paths))) from None
-    size = len(text.encode())
+    size = len(encoded(text))
     most = MOST_BYTES_STATIC if given.static else MOST_BYTES
     need(size <= most, f"the page would take {size:,} of {most:,} bytes: give fewer logs")
     write_whole(given.out, text)
