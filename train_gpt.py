@@ -6280,7 +6280,8 @@ def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], 
     said = {"prompt": s.sample_prompt, "sample": text, "tokens": s.sample_tokens} | drawn
     visible = "".join(x if x.isprintable() or x in "\n\t" else ascii(x)[1:-1] for x in text)
     what = f"sample, {s.sample_tokens} tokens in {took:.1f}s behind SAMPLE_PROMPT"
-    log(f"{what}:\n\n{visible}\n", "sample", **said, took_seconds=took)
+    inset = visible.replace("\n", "\n  ")  # or a line of it could pass for one of the log
+    log(f"{what}:\n\n  {inset}\n", "sample", **said, took_seconds=took)
 
 
 # ---- Main ----------------------------------------------------------------------------------------

@@ -47,6 +47,17 @@ def test_every_figure_becomes_a_curve_over_the_steps(tmp_path):
     assert found == {"train/train_loss": [(1, 4.0), (2, 3.0)], "final/val_bpb": [(2, 1.25)]}
 
 
+def test_a_run_whose_name_is_no_text_is_shown(tmp_path):
+    """TensorBoard refused such a folder by a traceback; settings may hold such paths, too."""
+    pytest.importorskip("tensorboard")
+    log = tmp_path / "a\udcff.jsonl"
+    paths = {"run_id": "a\udcff", "data_path": "d\udce4t"}
+    log.write_text(lines(SETTINGS | {"settings": paths}, *TRAIN))
+    done = start(log, "--out", tmp_path / "board")
+    assert done.returncode == 0, done.stderr
+    assert [name for name in curves(tmp_path / "board" / "a\\udcff")] == ["train/train_loss"]
+
+
 def test_a_log_that_grows_is_followed_to_its_end(tmp_path, monkeypatch):
     """A line that is not finished yet waits; nothing is read twice."""
     pytest.importorskip("tensorboard")

@@ -484,7 +484,7 @@ def test_a_misspelt_command_is_told(monkeypatch, capsys, wrong):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--foo",), ("--k", "0"), ("--k",), ("--step-ms", "nan"), ("--ranks", "0")],
+    [("--foo",), ("--k", "0"), ("--k", "1e300"), ("--k",), ("--step-ms", "nan"), ("--ranks", "0")],
     ids=str,
 )
 def test_wrong_arguments_of_a_dry_run_are_refused(arguments):

@@ -254,7 +254,7 @@ def test_a_prompt_may_have_lines_and_a_samples_control_characters_are_shown(
     assert sample["sample"] == "a\x1b[2J\0b\n\tc"
     for text in (out, (tmp_path / "a.txt").read_text()):
         assert "SAMPLE_PROMPT='The\\n\\tfilm\\n'" in text
-        assert "\n\na\\x1b[2J\\x00b\n\tc\n\n" in text
+        assert "\n\n  a\\x1b[2J\\x00b\n  \tc\n\n" in text  # no line is one of the log's
 
 
 @pytest.mark.parametrize(

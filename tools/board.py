@@ -19,7 +19,7 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.board", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, need, run_command
+from tools.command import Parser, encoded, need, run_command
 from tools.logs import not_a_log, parse_records
 
 PAUSE = 2.0  # seconds between looks at the logs
@@ -46,6 +46,11 @@ class Reader:
         if records:  # a run that is taken up again begins with its settings
             self.ended = records[-1]["event"] in ENDS
         return records
+
+
+def readable(name: str) -> str:
+    """A name as text; bytes of a file's name that are none are escaped."""
+    return encoded(name).decode()
 
 
 def figures(record: dict) -> dict[str, float]:
@@ -75,7 +80,7 @@ class TensorBoard:
 
     def settings(self, settings: dict) -> None:
         """Shows the settings as a table."""
-        rows = [f"| {name} | {value} |" for name, value in settings.items()]
+        rows = [f"| {name} | {readable(str(value))} |" for name, value in settings.items()]
         self.writer.add_text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]))
 
     def points(self, values: dict[str, float], step: int) -> None:
@@ -126,7 +131,7 @@ class Board:
         kind = WeightsAndBiases if options.wandb else TensorBoard
         self.reader = Reader(path)
         records = self.reader.new_records()
-        self.sink = kind(path.stem, options)
+        self.sink = kind(readable(path.stem), options)
         self.step = 0
         self.add(records)
 

@@ -330,7 +330,7 @@ def positive(text: str) -> float:
     For a memory, a time or an SDCLIP_K.
     """
     number = float(text)
-    if not 0 < number < math.inf:
+    if not 0 < number <= t.UNBOUNDED:  # as of settings: torch has no such floats
         raise ValueError
     return number
 
