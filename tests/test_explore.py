@@ -38,6 +38,17 @@ def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp
     ]  # nothing new
 
 
+def test_ternary_weights_are_scored_on_their_grid(monkeypatch, explore_here, shards, tmp_path):
+    """As the run scores them; the floats behind them scored better, and are no artifact's."""
+    environment = run_environment(shards, tmp_path, quantizer="ternary")
+    assert run_here(monkeypatch, environment) == 0
+    records = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+    (trained,) = (record for record in records if record["event"] == "trained")
+    status, (line,), _ = explore_here("it: QUANTIZER=ternary")
+    assert status == 0
+    assert line["bpb"] == {"ema": pytest.approx(trained["val_bpb"], abs=1e-5)}
+
+
 def test_the_same_weights_are_quantized_again(explore_here):
     """As a run with these settings would, on the same calibration text; others are refused."""
     # A model of few matrices: a trellis takes seconds. The test above has another and its score.

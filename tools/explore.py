@@ -232,7 +232,8 @@ def explore(
     validation = t.load_validation(settings, tokenizer)
 
     def bpb(model) -> float:
-        return round(t.plain_score(settings, ranks, validation, model).val_bpb, 5)
+        with trainer.weights_of(settings.quantizer == "ternary"):  # the weights that it trained
+            return round(t.plain_score(settings, ranks, validation, model).val_bpb, 5)
 
     model = t.build_model(settings, ranks)
     averages = functools.partial(Averages, parts=parts, every=every) if parts else t.WeightAverage
