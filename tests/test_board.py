@@ -55,7 +55,7 @@ def test_a_run_whose_name_is_no_text_is_shown(tmp_path):
     log.write_text(lines(SETTINGS | {"settings": paths}, *TRAIN))
     done = start(log, "--out", tmp_path / "board")
     assert done.returncode == 0, done.stderr
-    assert [name for name in curves(tmp_path / "board" / "a\\udcff")] == ["train/train_loss"]
+    assert list(curves(tmp_path / "board" / "a\\udcff")) == ["train/train_loss"]
 
 
 def test_a_log_that_grows_is_followed_to_its_end(tmp_path, monkeypatch):
