@@ -6236,7 +6236,7 @@ def evaluate_artifact(settings, given, ranks, validation, log, written, unscored
     lost = "documents learnt in part" if s.eval_mode == "documents" else "epochs given up"
     if ranks.gpu:
         log(f"evaluation: peak GPU memory {peak / 1e9:.1f} GB")
-    log(f"{took}; {score.epochs_given_up} {lost}")  # just before its score: tools read both
+    log(f"{took}; {score.epochs_given_up} {lost}", "evaluated")  # before its score: tools read both
     if s.score_mode == "plain" and not s.eval_only and "after_quantization" not in unscored:
         report(log, "after_quantization", s, validation, score)  # see score_quantized()
     overflow = f"numbers overflow in PRECISION={s.precision}, or {DIVERGED}"

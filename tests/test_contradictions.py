@@ -143,6 +143,21 @@ def test_limits_are_the_contests_whatever_the_settings_say(logs):
     assert evidence.limit_of("nan") == evidence.limit_of("-1") == 600  # nothing is more than nan
 
 
+def test_what_is_written_behind_an_evaluation_is_not_its_time(logs):
+    """FineWeb's tables of plain windows take seconds, and so may EVAL_NLL_PATH: of an evaluation of
+    15 s, 25 seemed to have passed.
+    """
+    walls = {"evaluation": 20.0, "evaluated": 35.1, "after_quantization": 35.1, "final": 45.0}
+    records = [{"event": event, "seconds": wall} for event, wall in walls.items()]
+    honest = logs.text._replace(evaluation_seconds=15.0)
+    one = logs._replace(text=honest, records=records)
+    assert evidence.impossible_evaluations(one) == []
+    less = logs._replace(text=honest._replace(evaluation_seconds=5.0), records=records)
+    assert evidence.impossible_evaluations(less) == ["evaluation took 5.0 s while 15.1 s passed"]
+    older = logs._replace(text=honest, records=[x for x in records if x["event"] != "evaluated"])
+    assert evidence.impossible_evaluations(older) == ["evaluation took 15.0 s while 25.0 s passed"]
+
+
 def test_epochs_given_up_with_time_to_spare_are_seen(logs):
     changed = logs.text._replace(epochs_given_up=1)
     found(logs._replace(text=changed), "1 epochs were given up for lack of time, but evaluation")

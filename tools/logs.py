@@ -180,9 +180,10 @@ def starts_of(runs: list[list[dict]]) -> list[list[dict]]:
 
 
 def seconds_to_score(records: list[dict]) -> float | None:
-    """What passed on the wall between the last beginning of the evaluation and its score.
+    """What passed on the wall between the last beginning of the evaluation and its end.
 
-    Older scripts have no record of the beginning: there, it is the record before the score. This is
+    Older scripts have no record of the beginning: there, it is the record before the score; nor of
+    the end: there, it is the score, though EVAL_NLL_PATH or tables may be written between. This is
     what the evaluation took, and a little more. None where it is not told.
     """
     events = [record["event"] for record in records]
@@ -191,7 +192,9 @@ def seconds_to_score(records: list[dict]) -> float | None:
     begun = begun[-1] if begun else place - 1
     if begun < 0:
         return None
-    walls = [number_in(records[i], "seconds") for i in (begun, place)]
+    told = "evaluated" in events[begun:place]
+    ended = events.index("evaluated", begun) if told else place
+    walls = [number_in(records[i], "seconds") for i in (begun, ended)]
     return None if None in walls else walls[1] - walls[0]
 
 
