@@ -193,6 +193,10 @@ def test_a_resumed_run_is_named_and_its_earlier_starts_must_account_for_it(logs)
     text = logs.text._replace(resumed=((2010, 83.5),))
     (lost,) = evidence.lost_parts(logs._replace(text=text, earlier=nested))
     assert "at step 0" in lost
+    # The log of a run that was made anew begins with one that was resumed from another's.
+    assert evidence.lost_parts(logs._replace(earlier=nested)) == []
+    anew = [*nested, stopped_at(logs, 2000)]
+    assert evidence.lost_parts(logs._replace(text=text, earlier=anew)) == []
 
 
 def test_a_resumption_that_one_log_conceals_is_seen(logs):

@@ -27,6 +27,7 @@ from tools.logs import (
     read_text_log,
     runs_in,
     seconds_to_score,
+    starts_of,
 )
 
 # The contest's figures, whatever limits a run's settings gave it.
@@ -549,12 +550,16 @@ def lost_parts(logs: RunLogs) -> list[str]:
     """What a resumed run's earlier starts do not account for.
 
     A checkpoint's step and clock are its header's claim. A start that could have written it must
-    stand in the same log, which holds for starts that were resumed themselves, too.
+    stand in the same log, which holds for starts that were resumed themselves, too. Those of a run
+    that was made anew under its name (OVERWRITE=1) say nothing of this one.
     """
+    if not (logs.text.resumed or is_resumed(logs.records)):
+        return []
     settings = logs.events.get("settings", {}).get("settings", {})
     every = max(5.0, number_in(settings, "train_log_every") or 0.0)
     found = []
-    for index, part in enumerate(logs.earlier):
+    own = starts_of(logs.earlier)
+    for index, part in enumerate(own, len(logs.earlier) - len(own)):
         first = next(iter(steps_of(part)), None)
         if first and any(record["event"] == "resumed" for record in part):
             step, clock = (number_in(first, name) or 0.0 for name in ("step", "train_ms"))
