@@ -166,6 +166,23 @@ def test_epochs_given_up_with_time_to_spare_are_seen(logs):
     assert evidence.contradictions(late) == []
 
 
+def test_an_evaluation_that_starts_over_may_log_otherwise(logs):
+    """Only the start that trained had VAL_LOSS_EVERY, and lines of steps by its TRAIN_LOG_EVERY."""
+    settings = next(record for record in logs.records if record["event"] == "settings")
+    settings["settings"] |= {"val_loss_every": 2000, "train_log_every": 1000}
+    validation = {"event": "validation", "step": 2000, "val_loss": 4.0, "val_bpb": 1.5}
+    kept = [x for x in logs.records if x["event"] != "train" or x["step"] % 1000 == 0]
+    later = {"event": "settings", "settings": {"val_loss_every": 0, "train_log_every": 50}}
+    again = logs._replace(
+        records=[*kept, validation, later], events=logs.events | {"settings": later}
+    )
+    assert evidence.odd_records(again) == []
+    assert evidence.impossible_steps(again, 177.4, 4272.0) == []
+    settings["settings"] |= later["settings"]
+    assert "validation at step 2000 is not one" in evidence.odd_records(again)[0]
+    assert "the last step logged is 4000" in evidence.impossible_steps(again, 177.4, 4272.0)[0]
+
+
 def stopped_at(logs: evidence.RunLogs, step: int) -> list[dict]:
     """The records that a start would leave which was stopped there."""
     kept = [r for r in logs.records if r["event"] in ("settings", "ready", "train")]

@@ -328,14 +328,19 @@ def odd_records(logs: RunLogs) -> list[str]:
         for event in ONCE
         if events.count(event) > most.get(event, 1)
     ]
-    started = logs.events.get("settings", {}).get("settings", {})
-    every = number_in(started, "val_loss_every") or math.inf
+    every = number_in(trained_with(logs), "val_loss_every") or math.inf
     last = number_in(logs.events.get("trained", {}), "steps")
     for record in logs.records:
         step = number_in(record, "step")
         if record["event"] == "validation" and step != last and (step or 1) % every:
             found.append(f"a validation at step {step:.0f} is not one of VAL_LOSS_EVERY")
     return found
+
+
+def trained_with(logs: RunLogs) -> dict:
+    """The settings of the start that trained: one that only evaluates again may log otherwise."""
+    starts = [record for record in logs.records if record["event"] == "settings"]
+    return starts[0].get("settings", {}) if starts else {}
 
 
 def off_the_clocks(logs: RunLogs) -> float | None:
@@ -461,7 +466,7 @@ def impossible_steps(logs: RunLogs, clock: float | None, steps: float | None) ->
         if not math.isclose(step * each, ms, rel_tol=1e-3, abs_tol=1.0):
             found.append(f"step {step:.0f}: {step:.0f} × {each:.2f} ms are not {ms:.0f} ms")
         last = step, ms
-    every = number_in(logs.events.get("settings", {}).get("settings", {}), "train_log_every")
+    every = number_in(trained_with(logs), "train_log_every")
     if last and clock is not None and last[1] / 1000 > clock + ROUNDING_SECONDS:
         what = f"step {last[0]:.0f} ended at {last[1] / 1000:.1f} s of training"
         found.append(f"{what}, but the whole clock is {clock:.1f} s")
@@ -555,8 +560,7 @@ def lost_parts(logs: RunLogs) -> list[str]:
     """
     if not (logs.text.resumed or is_resumed(logs.records)):
         return []
-    settings = logs.events.get("settings", {}).get("settings", {})
-    every = max(5.0, number_in(settings, "train_log_every") or 0.0)
+    every = max(5.0, number_in(trained_with(logs), "train_log_every") or 0.0)
     found = []
     own = starts_of(logs.earlier)
     for index, part in enumerate(own, len(logs.earlier) - len(own)):
