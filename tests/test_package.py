@@ -1132,6 +1132,29 @@ def test_a_resumed_run_is_named_with_all_its_starts_and_what_they_trained(tmp_pa
     assert reasons(tmp_path / "out") == []
 
 
+def test_a_run_that_another_machine_or_script_trained_in_part_is_no_record(tmp_path):
+    """Sixteen GPUs, or a script that nobody has seen, came to the checkpoint: the last start's
+    machine and script were taken for the whole run's.
+    """
+    logs = write_runs(tmp_path / "logs", [3.0, 3.01], artifact=True)
+    sixteen = H100.replace("8", "16", 1)
+    third = tmp_path / "logs", "third", 3.02
+    write_run(*third, hardware=sixteen, seed=33, stopped=291.0)
+    log = write_run(*third, seed=33, resumed=(2457, 290.0), artifact=True)
+    own = hashlib.sha256((package.ROOT / "train_gpt.py").read_bytes()).hexdigest()
+    records = log.with_suffix(".jsonl")
+    for sha256 in (own, "0" * 64):  # of the last start, and of the first
+        before, _, behind = records.read_text().rpartition('"event": "settings", "seconds"')
+        records.write_text(
+            f'{before}"event": "settings", "script_sha256": "{sha256}", "seconds"{behind}'
+        )
+    assert pack(tmp_path / "out", *logs, log) == 0
+    assert reasons(tmp_path / "out") == [
+        f"{log}: its starts had 2 machines: {sixteen}, then {H100}",
+        f"{log}: its starts had 2 scripts, by their SHA-256: {'0' * 60}, then {own[:60]}",
+    ]
+
+
 @pytest.mark.parametrize(
     ("first", "checkpoint", "reason"),
     [

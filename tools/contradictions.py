@@ -629,6 +629,23 @@ def counted_seconds(start: list[dict]) -> float:
     return max([*seconds, *ended]) - before
 
 
+def changed_starts(logs: RunLogs) -> list[str]:
+    """Machines or scripts of which a run had several, one after the other, in a sentence each.
+
+    It may go on with other ones, but then what the last start says of either is not all of it.
+    """
+    starts = starts_of([*logs.earlier, logs.records])
+    begun = [record for start in starts for record in start if record["event"] == "settings"]
+    told = {"machines": [record.get("machine", {}).get("hardware") for record in begun]}
+    told["scripts, by their SHA-256"] = [record.get("script_sha256") for record in begun]
+    found = []
+    for what, values in told.items():
+        each = [str(value)[:60] for value in dict.fromkeys(filter(None, values))]
+        if len(each) > 1:
+            found.append(f"its starts had {len(each)} {what}: {', then '.join(each)}")
+    return found
+
+
 def history(logs: RunLogs) -> str:
     """How a run came to its end: in one start, or resumed, and from where."""
     if not logs.text.resumed:

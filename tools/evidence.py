@@ -28,6 +28,7 @@ from tools.command import UserError, need
 from tools.contradictions import (
     CAP_BYTES,
     LIMIT_SECONDS,
+    changed_starts,
     counted_seconds,
     file_hash,
     files_of,
@@ -397,6 +398,7 @@ def parts_row(runs: list[Run]) -> Row:
     texts = []
     reasons = []
     for run in runs:
+        reasons += [f"{run.path}: {what}" for what in changed_starts(run.logs)]
         if not is_resumed(run.logs.records):
             continue
         starts = starts_of([*run.logs.earlier, run.logs.records])

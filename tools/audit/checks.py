@@ -416,6 +416,8 @@ def check_log(case: Case) -> Finding:
         return Finding(FAILS, f"{'; '.join(found)}; {told}")
     if not case.logs.events:
         return Finding(OPEN, f"{told}; the .jsonl is missing, so there is little to compare")
+    if changed := contradictions.changed_starts(case.logs):
+        return Finding(OPEN, f"no contradiction; {told}; {'; '.join(changed)}")
     if lacking := contradictions.unprinted(case.logs):
         return Finding(OPEN, f"no contradiction; {told}; not in both logs: {', '.join(lacking)}")
     return Finding(HOLDS, f"no contradiction; {told}; that the log is true is the runner's word")
