@@ -61,7 +61,7 @@ from tqdm import tqdm
 if not __package__:  # started by its path: the repository's folder is not where Python looks
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-from tools.command import tolerate_consoles
+from tools.command import file_sha256, tolerate_consoles
 
 # The shard format.
 MAGIC = 20240520
@@ -1125,15 +1125,6 @@ def build_dataset(
 
 MANIFEST = "manifest.json"
 ROUND_TRIPS = 100  # validation documents that are decoded and encoded again
-
-
-def file_sha256(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def file_state(path: Path) -> dict[str, int]:

@@ -41,8 +41,8 @@ from tools.audit import case as audit_case
 from tools.audit import cell, checks, decoder, standing, watch
 from tools.audit import script as audit_script
 from tools.audit import text as audit_text
-from tools.command import UserError
-from tools.contradictions import file_hash, read_logs
+from tools.command import UserError, file_sha256
+from tools.contradictions import read_logs
 from tools.logs import TextLog
 from tools.pack_script import pack
 
@@ -953,7 +953,7 @@ def test_easier_documents_are_not_the_contests_text(entry_of, run):
     hashes["validation"] = sums
     hashes["tokenizer"] = {"tokenizer.model": "1" * 64}
     fails(checks.check_known_data, entry, "the log's tokenizer is of other files")
-    hashes["tokenizer"] = {"another name": file_hash(entry.tokenizer)}
+    hashes["tokenizer"] = {"another name": file_sha256(entry.tokenizer)}
     entry.tokens = entry.tokens[:200]
     fails(checks.check_known_data, entry, "the log scored another text: its ")
 
@@ -1038,7 +1038,7 @@ def test_text_that_was_held_out_gives_away_what_was_learnt(entry_of, shards, tmp
     verdict, evidence = checks.run_check(checks.check_held_out, entry)
     assert (verdict, "documents are validation documents" in evidence) == (checks.OPEN, True)
     entry.held_out = held_out
-    hashes = {"training": {"x.bin": file_hash(entry.held_out)}}
+    hashes = {"training": {"x.bin": file_sha256(entry.held_out)}}
     entry.logs = SimpleNamespace(events={"hashes": hashes})
     fails(checks.check_held_out, entry, "held.bin is held out, but the log names it")
     entry.logs = None
@@ -1072,7 +1072,7 @@ def test_training_shards_are_those_of_the_log_and_hold_no_validation_document(en
     assert "whether the run read these 2, the log has no SHA-256 to tell" in evidence
     for path in (run.data / name for name in named):
         assert checks.run_check(checks.check_training, entry)[0] == checks.OPEN
-        named[path.name] = file_hash(path)
+        named[path.name] = file_sha256(path)
     assert "2 of them read here: 0 of " in holds(checks.check_training, entry)
     path = run.data / "words_train_000000.bin"
     named[path.name] = "0" * 64

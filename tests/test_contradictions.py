@@ -231,7 +231,7 @@ def test_another_artifact_than_the_logs_is_seen(logs, tmp_path):
     size = logs.events["trained"]["bytes_total"] - logs.events["trained"]["bytes_code"]
     artifact.write_bytes(bytes(size))
     assert evidence.other_artifact(logs, artifact) == []
-    edit(logs, "trained", artifact_sha256=evidence.file_hash(artifact))
+    edit(logs, "trained", artifact_sha256=evidence.file_sha256(artifact))
     assert evidence.contradictions(logs, artifact) == []
     artifact.write_bytes(bytes(size - 1) + b"x")
     (text,) = evidence.contradictions(logs, artifact)

@@ -63,7 +63,6 @@ import contextlib
 import difflib
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -107,6 +106,7 @@ from tools.command import (
     Parser,
     UserError,
     environment_value,
+    file_sha256,
     need,
     run_command,
     write_picture,
@@ -624,7 +624,7 @@ def hindrance(run: Run) -> str:
     if not is_complete(run.source):
         return ""
     try:
-        found = hashlib.sha256(run.artifact.read_bytes()).hexdigest()
+        found = file_sha256(run.artifact)
     except OSError as error:
         found, problem = "", error.strerror
     else:
@@ -999,7 +999,7 @@ class Runner:
     def _start(self, run: Run):
         """Starts a run in an empty folder, or with what it left when it was paused."""
         before = read_outcome(run)
-        digest = hashlib.sha256(self.script.read_bytes()).hexdigest()
+        digest = file_sha256(self.script)
         paused = before.get("status") == "paused" and before["script"] == digest
         if not (self.sweep and paused):
             before = {"gpu_seconds": before.get("gpu_seconds", 0.0)}

@@ -1,6 +1,7 @@
 """What commands share: a user's mistake ends with one line and status 2."""
 
 import argparse
+import hashlib
 import io
 import os
 import sys
@@ -69,6 +70,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
         if temporary.is_file():
             temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def file_sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_picture(path: Path, figure, dpi: int = 150) -> None:

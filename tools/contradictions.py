@@ -19,7 +19,7 @@ if not __package__:  # started by its path
     print("error: no command by itself; start python -m tools.audit", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import UserError, need
+from tools.command import UserError, file_sha256, need
 from tools.logs import (
     TextLog,
     is_resumed,
@@ -654,15 +654,6 @@ def history(logs: RunLogs) -> str:
     return f"RESUMED from {taken_up}; the log holds {len(logs.earlier)} starts before"
 
 
-def file_hash(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def other_artifact(logs: RunLogs, artifact: Path) -> list[str]:
     """Whether the artifact is of the size and hash that the log gives it, where it does."""
     trained = logs.events.get("trained", {})
@@ -672,7 +663,7 @@ def other_artifact(logs: RunLogs, artifact: Path) -> list[str]:
     if None not in (total, code) and total - code != size:
         found.append(f"the log's artifact has {total - code:,.0f} bytes, {artifact} {size:,}")
     logged = logged_hash(logs)
-    if logged and logged != file_hash(artifact):
+    if logged and logged != file_sha256(artifact):
         found.append(f"{artifact} is another file than the log's of SHA-256 {logged[:16]}...")
     return found
 

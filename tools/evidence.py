@@ -24,13 +24,12 @@ if not __package__:  # started by its path
 from tools import known
 from tools.audit.script import NAME, ROOT, commit_of, identify
 from tools.audit.text import altered, open_tokenizer
-from tools.command import UserError, need
+from tools.command import UserError, file_sha256, need
 from tools.contradictions import (
     CAP_BYTES,
     LIMIT_SECONDS,
     changed_starts,
     counted_seconds,
-    file_hash,
     files_of,
     history,
     lost_parts,
@@ -366,7 +365,7 @@ def artifact_row(runs: list[Run]) -> Row:
     if missing:
         reason = f"the artifact of {missing[0].path} is not there: give it with --artifacts"
         return Row(question, "as the logs say", "the logs", (reason,))
-    sums = ", ".join(f"{run.seed}: {file_hash(run.artifact)}" for run in runs)
+    sums = ", ".join(f"{run.seed}: {file_sha256(run.artifact)}" for run in runs)
     return Row(
         question, f"the artifacts' sizes are the logs'; SHA-256 by seed: {sums}", "the files"
     )

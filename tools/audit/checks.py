@@ -25,6 +25,7 @@ from tools import contradictions, known
 from tools.audit import decoder, text
 from tools.audit.case import Case
 from tools.audit.observation import Observation
+from tools.command import file_sha256
 
 HOLDS = "holds"
 FAILS = "FAILS"
@@ -117,7 +118,7 @@ def check_isolation(case: Case) -> Finding:
 
 def is_official(case: Case) -> bool:
     """Whether the tokenizer is one of the contest's."""
-    return known.variant_of(contradictions.file_hash(case.tokenizer)) is not None
+    return known.variant_of(file_sha256(case.tokenizer)) is not None
 
 
 def check_bytes(case: Case) -> Finding:
@@ -161,10 +162,10 @@ def check_known_data(case: Case) -> Finding:
     Another text is no cheat unless it is passed off as FineWeb's: then this fails. Else it is open,
     as a score over it says nothing about the contest.
     """
-    digest = contradictions.file_hash(case.tokenizer)
+    digest = file_sha256(case.tokenizer)
     sums = {}
     for shard in case.shards:
-        sums[shard.name] = contradictions.file_hash(case.data / shard.name)
+        sums[shard.name] = file_sha256(case.data / shard.name)
     counts = {
         "documents": int((case.tokens == BOS_ID).sum()),
         "tokens": len(case.tokens),
@@ -247,7 +248,7 @@ def compare_training(case: Case, trained: dict[str, str]) -> tuple[bool, str]:
     expect(paths, f"--train {case.train} has none of the shards that the log names")
     for path in paths:
         case.progress.say(f"reading {path.name}")
-        sha256 = contradictions.file_hash(path)
+        sha256 = file_sha256(path)
         other = f"{path.name} has SHA-256 {sha256[:16]}, in the log {trained[path.name][:16]}"
         expect(trained[path.name] in ("", sha256), other)
         found.update(set(wanted).intersection(text.document_digests(text.read_shard(path).tokens)))
@@ -881,7 +882,7 @@ def check_held_out(case: Case) -> Finding:
     name, tokens = text.read_shard(case.held_out)
     hashes = case.logs.events.get("hashes", {}) if case.logs else {}
     trained = contradictions.files_of(hashes, "training").values()
-    sha256 = contradictions.file_hash(case.held_out)
+    sha256 = file_sha256(case.held_out)
     expect(sha256 not in trained, f"{name} is held out, but the log names it as training data")
     if shared := shared_documents(case, tokens):
         return Finding(OPEN, f"{name} is no text beside the validation text: {shared}")
