@@ -26,6 +26,7 @@ import dataclasses
 import datetime
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -117,17 +118,19 @@ def milliseconds(call: Callable, seconds: float = 0.5) -> float:
     torch.cuda.synchronize()
     repetitions = min(100, max(5, int(seconds / (time.perf_counter() - started))))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
-    torch.cuda._sleep(
-        50_000_000
-    )  # cycles, some 30 ms: the host gets ahead, so that its launches cost no time
+    # Cycles, some 30 ms: the host gets ahead, so that its launches cost no time.
+    torch.cuda._sleep(50_000_000)
     marks[0].record()
     for mark in marks[1:]:
         call()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(
-        start.elapsed_time(end) for start, end in zip(marks, marks[1:], strict=False)
-    )
+    return statistics.median(between(marks))
+
+
+def between(marks: list[torch.cuda.Event]) -> list[float]:
+    """Milliseconds from each mark to the next."""
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
 
 
 class Ceilings(NamedTuple):
@@ -279,6 +282,11 @@ def random_activations(settings: t.Settings, device: torch.device, *widths: int)
     return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
 
+def random_rows(settings: t.Settings, ranks: t.Ranks, width: int) -> Tensor:
+    """(tokens, width): random_activations() without a gradient, as the operators take them."""
+    return random_activations(settings, ranks.device, width).detach().flatten(0, 1)
+
+
 def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bool) -> Kernel:
     """A scan from in_proj's output on, norms and copies included, compiled as in the model. backend
     may also be mamba_ssm: then what stands before the library's operator is compiled.
@@ -420,10 +428,7 @@ def product_kernel(
     floats, casts left out.
     """
     outputs, inputs = shape
-    x, gradient = (
-        random_activations(settings, ranks.device, n).detach().flatten(0, 1)
-        for n in (inputs, outputs)
-    )
+    x, gradient = (random_rows(settings, ranks, n) for n in (inputs, outputs))
     weight = torch.randn(shape, device=ranks.device, dtype=x.dtype)
     pairs = [(x, weight.mT), (gradient, weight)]
     multiply = torch.matmul
@@ -526,9 +531,7 @@ def activation_kernel(
     """
     s = settings
     width = int(s.mlp_mult * s.model_dim)
-    x, hidden = (
-        random_activations(s, ranks.device, n).detach().flatten(0, 1) for n in (s.model_dim, width)
-    )
+    x, hidden = (random_rows(s, ranks, n) for n in (s.model_dim, width))
     shape = (s.model_dim, width) if backward else (width, s.model_dim)
     weight = torch.randn(shape, device=x.device, dtype=x.dtype)
     out = torch.empty_like(hidden)
@@ -580,11 +583,6 @@ def product_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[
             name += ", one kernel" if together else ""
             makers[name] = functools.partial(activation_kernel, settings, ranks, backward, together)
     return makers
-
-
-def random_rows(settings: t.Settings, ranks: t.Ranks, width: int) -> Tensor:
-    """(tokens, width): random_activations() without a gradient, as the operators take them."""
-    return random_activations(settings, ranks.device, width).detach().flatten(0, 1)
 
 
 def float8_mlp_kernel(settings: t.Settings, ranks: t.Ranks, backward: bool) -> Kernel:
@@ -882,8 +880,7 @@ def time_steps(
     if batches.profiler is not None:
         batches.profiler.stop()
         kernels = gpu_time_by_kernel(batches.profiler.key_averages())
-    marks = batches.marks[discarded:]
-    times = [start.elapsed_time(end) for start, end in zip(marks, marks[1:], strict=False)]
+    times = between(batches.marks[discarded:])
     step_ms = statistics.median(times)
     tokens = settings.train_batch_tokens
     rate = step_flops(trainer.model, tokens) / ranks.world_size / (step_ms / 1e3)
@@ -933,10 +930,15 @@ def gpu_time_by_kernel(averages) -> list[tuple[str, float, int]]:
     kernels = [
         (row.key, row.self_device_time_total / 1e3, row.count)
         for row in averages
-        if row.device_type != torch.autograd.DeviceType.CPU
-        and not getattr(row, "is_user_annotation", False)
+        if ran_on_gpu(row)
     ]
     return sorted(kernels, key=lambda kernel: -kernel[1])
+
+
+def ran_on_gpu(event) -> bool:
+    """Whether an event of the profiler's is a GPU's kernel or copy, not a name put around some."""
+    on_cpu = event.device_type == torch.autograd.DeviceType.CPU
+    return not (on_cpu or getattr(event, "is_user_annotation", False))
 
 
 def time_by_kind(kernels: list[tuple[str, float, int]]) -> dict[str, dict]:

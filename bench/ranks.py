@@ -107,8 +107,7 @@ class ProfiledBatches(bench.RandomBatches):
         return [
             (event.name, event.time_range.start, event.time_range.end)
             for event in self.profiler.events()
-            if event.device_type != torch.autograd.DeviceType.CPU
-            and not getattr(event, "is_user_annotation", False)
+            if bench.ran_on_gpu(event)
         ]
 
 
@@ -147,8 +146,7 @@ def measure(settings: t.Settings, ranks: t.Ranks, steps: int, graphed: bool) -> 
     batches = ProfiledBatches(settings, ranks, DISCARDED + steps + 1)
     trainer.run(batches, None)
     torch.cuda.synchronize()
-    marks = batches.marks[DISCARDED : DISCARDED + steps + 1]
-    times = [start.elapsed_time(end) for start, end in zip(marks, marks[1:], strict=False)]
+    times = bench.between(batches.marks[DISCARDED : DISCARDED + steps + 1])
     row |= {"step_ms": statistics.median(times), "fastest_ms": min(times)}
     row["host_ms"] = statistics.median(launches.milliseconds)
     return row | timeline(batches.kernels(), PROFILED)

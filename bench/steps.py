@@ -124,8 +124,7 @@ class Variant:
             self.step(batch)
             mark.record()
         torch.cuda.synchronize()
-        pairs = zip(marks, marks[1:], strict=False)
-        return statistics.median(start.elapsed_time(end) for start, end in pairs)
+        return statistics.median(bench.between(marks))
 
     def wall_clock(self, batch: tuple[Tensor, Tensor]) -> float:
         """Milliseconds of a step on a CPU, which is done when it returns."""

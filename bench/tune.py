@@ -22,7 +22,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import Parser, UserError, need, run_command
+from tools.command import Parser, need, run_command
 from tools.explore import install_idea
 
 KERNELS = (
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
             try_configurations(run)
         return 0
 
-    return run_command("tune.py", command, UserError, t.UserError)
+    return run_command("tune.py", command, t.UserError)
 
 
 if __name__ == "__main__":
