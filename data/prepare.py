@@ -101,7 +101,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Lets the signals that say stop raise Stopped, as Control-C raises KeyboardInterrupt."""
+    """Let the signals that say stop raise Stopped, as Control-C raises KeyboardInterrupt."""
 
     def __init__(self):
         self.received: int | None = None
@@ -504,7 +504,14 @@ def train_tokenizer(texts: list[str], vocab_size: int, case: bool = False) -> by
 
 def tokenizer_name(name: str, vocab_size: int, case: bool) -> str:
     """Return the file name of the tokenizer that is trained for a dataset of this name."""
-    return f"{name}_{vocab_size}_bpe{'_case' * case}.model"
+    return f"{name}_{vocab_size}_bpe{'_case' if case else ''}.model"
+
+
+def special_pieces(tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """Return which pieces are control, unknown or unused, and so have no text, (pieces,) bool."""
+    ids = list(range(tokenizer.vocab_size()))
+    kinds = [tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)]
+    return np.any(kinds, axis=0)
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -532,10 +539,10 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     if has_case_operators(tokenizer):
         ids = list(range(tokenizer.vocab_size()))
         operators = slice(TITLE_ID, ESCAPE_ID + 1)
-        special = [tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)]
         others = tokenizer.id_to_piece(ids)
         others[operators] = ""
-        if np.any(special, axis=0)[operators].any() or set(OPERATORS) & set("".join(others)):
+        special = special_pieces(tokenizer)[operators].any()
+        if special or set(OPERATORS) & set("".join(others)):
             odd = "case operators within other pieces, or as control symbols"
             raise PrepareError(f"{path}: it has {odd}; train one anew")
     return tokenizer
@@ -637,8 +644,7 @@ class PieceBytes(NamedTuple):
 def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
     """Return the bytes of a tokenizer's pieces."""
     ids = list(range(tokenizer.vocab_size()))
-    special = [tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)]
-    is_special = np.any(special, axis=0)
+    is_special = special_pieces(tokenizer)
     pieces = tokenizer.id_to_piece(ids)
     has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~is_special
     lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
@@ -894,7 +900,7 @@ class ShardWriter:
 
 
 class ValidationWriter(ShardWriter):
-    """Writes validation shards and, if the tokenizer has case operators, the bytes of their tokens:
+    """Write validation shards and, if the tokenizer has case operators, the bytes of their tokens:
     <prefix>_bytes_000000.bin beside <prefix>_000000.bin.
 
     Others read these bytes there, who do not know the operators.
@@ -1029,8 +1035,7 @@ def new_tokenizer(documents: Iterable[Document], vocab_size: int, case: bool) ->
             "no training document to train a tokenizer on: the input is empty or all validation"
         )
     characters = sum(map(len, texts)) / 1e6
-    size = f"{vocab_size} pieces on {characters:.1f} M characters"
-    say(f"training a tokenizer of {size}")
+    say(f"training a tokenizer of {vocab_size} pieces on {characters:.1f} M characters")
     return call_in_process(train_tokenizer, texts, vocab_size, case)
 
 
@@ -1128,8 +1133,8 @@ ROUND_TRIPS = 100  # validation documents that are decoded and encoded again
 
 
 def file_state(path: Path) -> dict[str, int]:
-    """Return what a file that was written anew differs in: its size in bytes, and its time of
-    change in nanoseconds.
+    """Return a file's size in bytes and time of change in nanoseconds, which tell whether it was
+    written anew.
     """
     found = path.stat()
     return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
@@ -1167,13 +1172,13 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Name a file by its name, size and SHA-256."""
+    """Return the manifest's entry for a file: its name, size and SHA-256."""
     return {"file": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def tokenizer_entry(path: Path, now: Path, folder: Path) -> dict[str, Any]:
-    """Name a tokenizer by its path from a dataset's folder and by its SHA-256; until the dataset
-    is published, its file may be `now`.
+    """Return the manifest's entry for a tokenizer: its path as seen from a dataset's folder, and
+    its SHA-256. Until the dataset is published, its file may be `now`.
     """
     model = now if now.exists() else path
     return {"path": os.path.relpath(path, folder), "sha256": file_sha256(model)}
@@ -1207,8 +1212,8 @@ def make_manifest(
     splits = {}
     for split in ("train", "val"):
         entries = [entry for entry in shards.values() if entry["split"] == split]
-        kinds = ("tokens", "documents", "bytes", "unknown")
-        kinds += ("operators",) * pieces.has_case
+        kinds = ["tokens", "documents", "bytes", "unknown"]
+        kinds += ["operators"] if pieces.has_case else []
         splits[split] = {kind: sum(entry[kind] for entry in entries) for kind in kinds}
         splits[split] |= {"shards": len(entries), "text_bytes": text_bytes.get(split)}
     return {
@@ -1649,7 +1654,7 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
             raise PrepareError(
                 f"{folder} has number {min(twice)} of {name}_*.bin twice; take one of them away"
             )
-        lacking = set(range(min(1, *numbers, 1), max(numbers))).difference(numbers)
+        lacking = set(range(min(1, *numbers), max(numbers))).difference(numbers)
         if lacking and len(numbers) > 1:
             raise PrepareError(
                 f"{folder} lacks number {min(lacking)} of {name}_*.bin, but has {max(numbers)}: "
@@ -1845,8 +1850,8 @@ def run_fineweb(args: argparse.Namespace) -> None:
 
 def is_current(manifest: dict[str, Any], folder: Path, tokenizer: Path) -> bool:
     """Whether a manifest is of the tokenizer and of just the shards that a folder has, unchanged
-    by their size and time of change. Older ones, without samples, a run does not believe; and what
-    is no file, though it is named like one of tokens, shard_paths() is to refuse.
+    by their size and time of change. It is not if it lacks samples, for a run does not believe it
+    then, or if a folder or a broken link is named like a shard: shard_paths() refuses that.
     """
     if not manifest or manifest["tokenizer"].get("sha256") != file_sha256(tokenizer):
         return False
@@ -1893,7 +1898,7 @@ def run_sample(args: argparse.Namespace) -> None:
 
 
 def file_number(path: Path) -> tuple[int, int]:
-    """Return what a file has in common with its other names, by any kind of link."""
+    """Return device and inode, which a file keeps under all its names, by any kind of link."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
@@ -1956,9 +1961,7 @@ def add_vocab_size(add: Callable, text: str) -> None:
 
 def add_case(add: Callable) -> None:
     """The option --case."""
-    text = (
-        "write capitals as operators, separate tokens in front of the words, so that The and the "
-    )
+    text = "write capitals as operators, tokens in front of their words, so that The and the "
     text += "share a token; a tokenizer that knows the operators needs no --case"
     add("--case", action="store_true", help=text)
 
