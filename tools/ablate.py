@@ -224,7 +224,7 @@ class Plan:
 
     @functools.cached_property
     def leaders(self) -> dict[str, str]:
-        """Of each variant that trains nothing, the one whose artifacts it scores."""
+        """For each variant that trains nothing, the one whose artifacts it scores."""
         found = {run.variant: run.source.variant for run in self.runs if run.source}
         training = {run.variant for run in self.runs if not run.source}
         return {name: leader for name, leader in found.items() if name not in training}
@@ -329,7 +329,7 @@ def grid_variants(grid: dict[str, list]) -> list[dict]:
 
 
 def check_environment(environment: dict[str, str], train_gpt: ModuleType) -> None:
-    """Settings that hold for all runs: none that is chosen here, and none that is wrong."""
+    """Raises UserError for a setting in the environment that is chosen here or is wrong."""
     for name, reason in OWN_SETTINGS.items():
         need(not environment.get(name), f"unset {name} in the environment: {reason}")
     with as_user_error("environment", train_gpt):
@@ -337,7 +337,7 @@ def check_environment(environment: dict[str, str], train_gpt: ModuleType) -> Non
 
 
 def check_name(path: Path, name: object, others: list[str]) -> None:
-    """A name can name a folder, and no other variant's folder."""
+    """Raises UserError unless a name can be a folder's, and is no other variant's folder."""
     fits = isinstance(name, str) and re.fullmatch(r"\w[\w .,:;+=×/()-]{0,119}", name)
     allowed = "up to 120 letters, digits, spaces and .,:;+-=/()"
     need(fits, f"{path}: {name!r} cannot be a variant's name: {allowed}")
@@ -465,7 +465,7 @@ def read_plan(
 
 @contextlib.contextmanager
 def as_user_error(where: str, train_gpt: ModuleType):
-    """Says where train_gpt.py found a mistake."""
+    """Turns train_gpt.py's UserError into one of ours, which says where the mistake is."""
     try:
         yield
     except train_gpt.UserError as error:
@@ -700,7 +700,7 @@ class Sweep:
         """GPU-seconds that all may take with so many halvings."""
         return sum(cost for _, _, cost in self.legs(halvings))
 
-    def judge(self, rungs: list[Rung], tried: set[str]) -> Rung | None:
+    def next_rung(self, rungs: list[Rung], tried: set[str]) -> Rung | None:
         """What is to be decided at the rung after these; None while runs are on their way to it.
 
         Runs whose RUN_ID is in tried have failed, and are not waited for.
@@ -725,15 +725,15 @@ class Sweep:
 
 
 def still_in(plan: Plan, rungs: list[Rung]) -> list[str]:
-    """The variants that go on behind these rungs: neither they nor those whose artifacts they
-    score were stopped.
+    """The variants that go on behind these rungs: those that were not stopped, neither themselves
+    nor, if they score another's artifacts, with that one.
     """
     stopped = {variant for rung in rungs for variant in rung.stopped}
     return [name for name in plan.variants if plan.leaders.get(name, name) not in stopped]
 
 
 def check_sweep(plan: Plan, gpus: list[list[str]], train_gpt: ModuleType) -> None:
-    """Whether losses at a rung, by the runs' clocks, compare these variants; else UserError."""
+    """Raises UserError if losses at a rung, by the runs' clocks, cannot compare these variants."""
     alone = len({gpu for own in gpus for gpu in own}) == sum(map(len, gpus))
     need(alone, "--budget: runs that share GPUs have no fair clock; choose a smaller --parallel")
     trained: dict[tuple, str] = {}
@@ -884,7 +884,7 @@ class Runner:
         self._plan_leg()
 
     def run(self) -> bool:
-        """Until all runs have ended, or a signal asks to stop; whether they have.
+        """Runs until all have ended, or a signal asks to stop; returns whether all have ended.
 
         No process is left over.
         """
@@ -922,7 +922,7 @@ class Runner:
 
         Runs of variants that are stopped there are asked to end.
         """
-        while self.sweep and (rung := self.sweep.judge(self.rungs, self.tried)):
+        while self.sweep and (rung := self.sweep.next_rung(self.rungs, self.tried)):
             self.rungs.append(rung)
             for variant in rung.stopped:
                 self._say(f"{variant}: {rung.reason(variant)}")
@@ -1070,9 +1070,9 @@ class Runner:
         write_results(self.plan, self.out, rungs=self.rungs)
 
     def _time_left(self) -> str:
-        """From what complete runs took; until there is one, from the training clock.
+        """How long the rest will take, in words; with a budget, what is spent of it instead.
 
-        With a budget, what is spent of it.
+        By what complete runs took; until there is one, by the training clock.
         """
         if self.sweep:
             return f"{self.spent:.0f} of {self.sweep.budget:g} GPU-seconds spent"
@@ -1121,7 +1121,7 @@ def data_of(run: Run) -> dict[str, list[str]]:
 
 
 def describe_run(run: Run, stopped: bool) -> dict:
-    """A run as results.json holds it; stopped: its variant is."""
+    """A run as results.json holds it; stopped: whether its variant is."""
     outcome = read_outcome(run)
     status = outcome.get("status", "waiting")
     error = outcome.get("error", "")
@@ -1246,14 +1246,14 @@ def summarize(plan: Plan, runs: list[dict]) -> list[dict]:
     return rows
 
 
-def number(value: float | None, form: str) -> str:
+def shown(value: float | None, form: str) -> str:
     """A cell of the table; a dash where there is nothing to show."""
     return "–" if value is None else format(value, form)
 
 
 def plus_minus(figure: dict, form: str) -> str:
     """Mean and deviation in one cell; a single run has no deviation."""
-    mean = number(figure["mean"], form)
+    mean = shown(figure["mean"], form)
     return mean if figure["std"] is None else f"{mean} ± {figure['std']:{form}}"
 
 
@@ -1280,12 +1280,12 @@ def table_row(row: dict, is_base: bool) -> str:
         name += " (base)"
     cells = [name, count]
     cells.append(plus_minus(row["bpb_final"], ".4f"))
-    cells.append(number(row["difference"], "+.4f"))
+    cells.append(shown(row["difference"], "+.4f"))
     paired = ", paired" if row["test"] == "paired" and row["p"] is not None else ""
-    cells.append(number(row["p"], ".2g") + paired)
+    cells.append(shown(row["p"], ".2g") + paired)
     cells.append(plus_minus(row["bpb_before"], ".4f"))
     cells.append(plus_minus(row["bpb_after"], ".4f"))
-    cells.append(number(row["artifact_bytes"]["mean"], ",.0f"))
+    cells.append(shown(row["artifact_bytes"]["mean"], ",.0f"))
     cells.append(plus_minus(row["step_avg_ms"], ".1f"))
     return "| " + " | ".join(cells) + " |"
 
@@ -1484,7 +1484,7 @@ def plot_loss(path: Path, plan: Plan):
 
 
 def named_scores(figures: dict) -> dict[str, float]:
-    """A run's scores, by the names that a plot shows."""
+    """A run's scores, by the names that the plot has for them."""
     return {text: figures[key] for key, text in BPB.items() if figures.get(key) is not None}
 
 
@@ -1642,7 +1642,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.budget:
         check_sweep(plan, gpus, train_gpt)
         sweep = Sweep(plan, options.budget)
-        need(sweep.places, "")  # UserError for a budget that is too small
+        sweep.legs(sweep.halvings)  # raises UserError if the budget is too small
     if options.dry_run:
         list_runs(plan, gpus, sweep)
         return 0

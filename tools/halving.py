@@ -39,14 +39,14 @@ class Rung:
     def reason(self, variant: str) -> str:
         """Why the variant was stopped, for the table."""
         mine = self.losses[variant]
-        best = self.losses[self.worst_kept]
+        last = self.losses[self.worst_kept]
         if mine is None:
             return f"stopped at {self.place:.1%}: no run came so far with a finite loss"
-        other = f"{self.worst_kept}, the last to go on, had {best:.4f}"
+        other = f"{self.worst_kept}, the last to go on, had {last:.4f}"
         return f"stopped at {self.place:.1%} of its run: training loss {mine:.4f}; {other}"
 
     def record(self) -> dict:
-        """It as results.json holds it."""
+        """The rung as results.json holds it."""
         return asdict(self)
 
 
@@ -61,7 +61,7 @@ def kept_after(others: int, halvings: int) -> int:
 
 
 def most_halvings(others: int) -> int:
-    """After so many, one variant is left beside the base."""
+    """The number of halvings after which one variant is left beside the base."""
     return math.ceil(math.log2(max(others, 1)))
 
 
