@@ -113,7 +113,7 @@ def headline(case: Case, results: dict[str, Finding]) -> list[str]:
 
 
 def read_arguments() -> argparse.Namespace:
-    """The command line's."""
+    """The command line; UserError if it makes no sense."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m tools.audit", description=__doc__, formatter_class=form)
     parser.add_argument("artifact", type=Path)

@@ -157,7 +157,7 @@ class Case:
 
     @functools.cached_property
     def once_more(self) -> Alone:
-        """The same again, as two runs on a GPU differ."""
+        """The same evaluation once more: two runs on a GPU differ."""
         found = run_alone(self, self.script)
         self.progress.count(self.count, "once more")
         return found
@@ -220,9 +220,9 @@ class Case:
 
 
 def score_settings(names: list[str]) -> list[str]:
-    """Of a script's settings, those that a score depends on.
+    """Those of a script's settings that a score depends on.
 
-    Others are in the artifact's header, or change how training went, or where files lie.
+    The others are in the artifact's header, or change how training went, or where files lie.
     """
     start = names.index("eval_mode") if "eval_mode" in names else len(names)
     kept = [*BEFORE_EVALUATION, *names[start:]]
@@ -311,7 +311,8 @@ def open_case(
         **options,
     )
     need(case.count > 0, f"the shards in {data} hold nothing to score")
-    need(case.model, "the tokenizer")  # both are read now, so that mistakes are told now
+    # Read now, so that a wrong tokenizer is told now.
+    need(case.model.vocab_size() > 0, f"{tokenizer} has no pieces")
     return case
 
 
@@ -467,7 +468,7 @@ def what_happened(
 
 
 def find_strangers(place: cell.Cell, paths: list[str]) -> list[str]:
-    """Of real paths of opened files, those that no evaluation needs.
+    """Those of some opened files, by their real paths, that no evaluation needs.
 
     That is what is neither given nor made in the cell, nor the system's or Python's; and what lies
     among Python's packages without being part of one.

@@ -49,7 +49,7 @@ PASSED = re.compile(r"PATH|LD_LIBRARY_PATH|CUDA_[A-Z_]+|NVIDIA_[A-Z_]+|OMP_[A-Z_
 
 
 def passed_variables(environment: dict[str, str]) -> dict[str, str]:
-    """Of an environment, what a cell may know."""
+    """What of an environment a cell may know."""
     return {name: value for name, value in environment.items() if PASSED.fullmatch(name)}
 
 
@@ -314,18 +314,8 @@ def run_in_cell(
         own["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     line = start_line(isolation.level, cell, command)
     if trace is not None:
-        line = [
-            "strace",
-            "-f",
-            "-qq",
-            "-s",
-            "256",
-            "-e",
-            f"trace={TRACED}",
-            "-o",
-            str(trace),
-            *line,
-        ]
+        options = f"-f -qq -s 256 -e trace={TRACED}".split()
+        line = ["strace", *options, "-o", str(trace), *line]
     last = ""
     process = subprocess.Popen(
         line,

@@ -31,7 +31,6 @@ HOLDS = "holds"
 FAILS = "FAILS"
 OPEN = "open"
 
-BOS_ID = 1
 EXACT_DIGITS = 8  # of a score
 NOISE_BPB = 1e-3  # between two runs on GPUs, two kinds of machine, or with epochs given up
 PREFIX_CHUNKS = 3.5  # of test-time training, which most of the causality test reads
@@ -39,8 +38,8 @@ ROUND_TRIPS = 200  # documents that are decoded and encoded again
 FEW_ROUND_TRIPS = 0.9  # of these must give their tokens back
 SUMMED_CONTEXTS = 2  # places behind which every token's probability is asked for
 FAR_FROM_ONE = 0.05  # a sum that no windows of other kinds explain
-TWO_RUNS = 3.0  # times by which two runs here differ may those of the log and here
-LEAST_TWO_RUNS_BPB = 1e-5  # by which two runs may differ though two of here did not
+TWO_RUNS = 3.0  # times what two runs here differ by: so much may the log's differ from one here
+LEAST_TWO_RUNS_BPB = 1e-5  # so much it may differ in any case, even if two runs here did not
 HELD_OUT_BLOCK = 256  # targets, whose mean is one observation of how hard a text is
 LEARNT, SUSPECT = 0.1, 0.01  # less than held-out text: the text was learnt; it may have been
 SURE = 5.0  # standard errors between two texts
@@ -167,7 +166,7 @@ def check_known_data(case: Case) -> Finding:
     for shard in case.shards:
         sums[shard.name] = file_sha256(case.data / shard.name)
     counts = {
-        "documents": int((case.tokens == BOS_ID).sum()),
+        "documents": int((case.tokens == text.BOS_ID).sum()),
         "tokens": len(case.tokens),
         "scored_tokens": case.count,
         "bytes": sum(one.bytes or 0 for one in case.texts),
@@ -178,8 +177,7 @@ def check_known_data(case: Case) -> Finding:
     evidence = f"tokenizer {digest[:16]}; {shown} (SHA-256, first 16 digits); {what}"
     contradicting = other_text_logged(case, counts, digest, sums)
     expect(not contradicting, f"{evidence}; {contradicting}")
-    hashes = case.logs.events.get("hashes", {}) if case.logs else {}
-    trained = set(contradictions.files_of(hashes, "training").values())
+    trained = training_shards(case).values()
     learnt = [name for name, value in sums.items() if value in trained]
     expect(not learnt, f"{evidence}; the log names {', '.join(learnt)} as training data too")
     if compared.differences:
@@ -189,6 +187,12 @@ def check_known_data(case: Case) -> Finding:
         lacking = f"not compared: {', '.join(compared.unknown)}"
         return Finding(OPEN, f"{evidence}; {compared.name}; {lacking}")
     return Finding(HOLDS, f"{evidence}; {compared.name}")
+
+
+def training_shards(case: Case) -> dict[str, str]:
+    """SHA-256, by name, of the training shards that the log names; "" of one that has none."""
+    hashes = case.logs.events.get("hashes", {}) if case.logs else {}
+    return contradictions.files_of(hashes, "training")
 
 
 def claims_fineweb(case: Case) -> bool:
@@ -221,12 +225,11 @@ def check_training(case: Case) -> Finding:
     With --train, the shards that it names are read: their SHA-256 and their documents. Without,
     this is the word of a manifest.json, and open. That no others were trained on, nobody can see.
     """
-    hashes = case.logs.events.get("hashes", {}) if case.logs else {}
-    trained = contradictions.files_of(hashes, "training")
+    trained = training_shards(case)
     if not trained:
         return Finding(OPEN, "no log names the shards that were trained on")
     hashed = len(trained) - list(trained.values()).count("")
-    overlap = contradictions.overlap_text(hashes)
+    overlap = contradictions.overlap_text(case.logs.events["hashes"])
     evidence = f"the log names {len(trained)} shards, {hashed} by SHA-256; by the log, which has "
     evidence += f"it from manifest.json, validation documents in them: {overlap}"
     if not case.train:
@@ -272,8 +275,8 @@ def check_hidden_text(case: Case) -> Finding:
         unknown = text.unknown_fields(content)
     except ValueError as error:
         raise Broken(f"the tokenizer is no protocol buffer: {error}") from None
-    for number, size in unknown.items():
-        raise Broken(f"the tokenizer has {size:,} bytes in field {number}, which nobody reads")
+    fields = ", ".join(f"{size:,} bytes in field {number}" for number, size in unknown.items())
+    expect(not unknown, f"the tokenizer has {fields}, which nobody reads")
     written = "\n".join(one.text for one in case.texts).encode()
     generator = np.random.default_rng(case.seed)
     searched = 0
@@ -308,9 +311,14 @@ def check_weights(case: Case) -> Finding:
 # ---- Scores ------------------------------------------------------------------------------------
 
 
+def bits_per_byte(nats: np.ndarray, count: int) -> float:
+    """The nats, summed in float64, over ln 2, over so many bytes."""
+    return float(nats.sum(dtype=np.float64)) / math.log(2) / count
+
+
 def score_of(case: Case, nats: np.ndarray) -> float:
-    """Bits per byte: nats in float64, over ln 2, over the bytes that are counted here."""
-    return float(nats.sum(dtype=np.float64)) / math.log(2) / total_bytes(case)
+    """Bits per byte of the validation text, whose bytes are counted here."""
+    return bits_per_byte(nats, total_bytes(case))
 
 
 def total_bytes(case: Case) -> int:
@@ -585,9 +593,9 @@ def replaced_behind(
     other[cut + 1 :] += generator.integers(1, vocab_size, behind)
     other %= vocab_size
     if case.by_document and keep_borders:
-        other[other == BOS_ID] = BOS_ID + 1
-        kept = tokens == BOS_ID
-        other[kept] = BOS_ID
+        other[other == text.BOS_ID] = text.BOS_ID + 1
+        kept = tokens == text.BOS_ID
+        other[kept] = text.BOS_ID
     return other.astype(tokens.dtype)
 
 
@@ -703,7 +711,7 @@ def check_order(case: Case) -> Finding:
 
 
 def last_targets(case: Case, count: int) -> np.ndarray:
-    """Of so many targets, those that nothing follows which what they teach could serve, bool.
+    """Which of so many targets may not be trained on, as no later score could gain, (count,) bool.
 
     They are the last chunk, or each document's last piece; all, where nothing is trained.
     """
@@ -713,7 +721,7 @@ def last_targets(case: Case, count: int) -> np.ndarray:
     if not case.by_document:
         chunk = int(case.settled("ttt_chunk_tokens"))
         return place >= (count - 1) // chunk * chunk
-    begins = np.union1d(0, np.flatnonzero(case.tokens == BOS_ID))
+    begins = np.union1d(0, np.flatnonzero(case.tokens == text.BOS_ID))
     lengths = np.diff(begins, append=count)
     begins, lengths = (np.repeat(x, lengths) for x in (begins, lengths))
     piece = min(int(case.settled("ttt_lora_piece")), int(case.settled("train_seq_len")))
@@ -803,7 +811,7 @@ def is_whole(case: Case, one: text.Text) -> bool:
     """Whether a text is a document from its beginning to its end, without unknown tokens."""
     last = len(case.tokens)
     inside = one.first > 0 and one.last < last
-    return inside and case.tokens[one.first - 1] == case.tokens[one.last] == BOS_ID
+    return inside and case.tokens[one.first - 1] == case.tokens[one.last] == text.BOS_ID
 
 
 def compare_source(case: Case) -> str:
@@ -814,8 +822,7 @@ def compare_source(case: Case) -> str:
     expect(same, f"{case.source} gives other tokens than the shards'")
     check_nothing_is_lost(case, documents)
     original = sum(len(one.encode()) for one in documents)
-    counted = total_bytes(case)
-    bpb = score_of(case, case.alone.nats) * counted / original
+    bpb = bits_per_byte(case.alone.nats, original)
     text_of = f"{case.source.name} gives these tokens and has {original:,} bytes"
     return f"{text_of}, over which it is {bpb:.{EXACT_DIGITS}f} BPB"
 
@@ -828,7 +835,7 @@ def check_nothing_is_lost(case: Case, documents: list[str]) -> None:
     a tokenizer does not know is lost, too, which the contest has allowed its own.
     """
     parts: list[list[str]] = [[] for _ in documents]
-    begins = np.flatnonzero(case.tokens == BOS_ID)
+    begins = np.flatnonzero(case.tokens == text.BOS_ID)
     for one in case.texts:
         parts[int(np.searchsorted(begins, one.first)) - 1].append(one.text)
     for original, found in zip(documents, parts, strict=True):
@@ -853,16 +860,12 @@ def check_fresh(case: Case) -> Finding:
     size = sum(len(one.encode()) for one in documents)
     needed = int(case.settled("train_seq_len")) + 1
     expect(len(tokens) > needed, f"{case.fresh} has {len(tokens)} tokens; {needed} are needed")
-
-    def bpb_of(nats: np.ndarray, count: int) -> float:
-        return float(nats.sum(dtype=np.float64)) / math.log(2) / count
-
-    frozen = bpb_of(case.nats(tokens, "of the fresh text, frozen", TTT_ENABLED="0"), size)
+    frozen = bits_per_byte(case.nats(tokens, "of the fresh text, frozen", TTT_ENABLED="0"), size)
     known_text = case.nats(case.tokens, "of the validation text, frozen", TTT_ENABLED="0")
-    claimed = bpb_of(known_text, total_bytes(case))
+    claimed = score_of(case, known_text)
     evidence = f"{len(documents)} documents, {size:,} bytes: {frozen:.5f} BPB frozen"
     if case.adapts:
-        adapting = bpb_of(case.nats(tokens, "of the fresh text, adapting"), size)
+        adapting = bits_per_byte(case.nats(tokens, "of the fresh text, adapting"), size)
         evidence += f", {adapting:.5f} adapting"
     evidence += f"; the validation text {claimed:.5f} frozen, "
     evidence += f"{score_of(case, case.alone.nats):.5f} as claimed"
@@ -880,10 +883,8 @@ def check_held_out(case: Case) -> Finding:
     if not case.held_out:
         return Finding(OPEN, "no --held-out SHARD, of such text as was not trained on, was given")
     name, tokens = text.read_shard(case.held_out)
-    hashes = case.logs.events.get("hashes", {}) if case.logs else {}
-    trained = contradictions.files_of(hashes, "training").values()
-    sha256 = file_sha256(case.held_out)
-    expect(sha256 not in trained, f"{name} is held out, but the log names it as training data")
+    learnt = file_sha256(case.held_out) in training_shards(case).values()
+    expect(not learnt, f"{name} is held out, but the log names it as training data")
     if shared := shared_documents(case, tokens):
         return Finding(OPEN, f"{name} is no text beside the validation text: {shared}")
     tokens = tokens[: len(case.tokens)]
@@ -914,7 +915,8 @@ def shared_documents(case: Case, tokens: np.ndarray) -> str:
     """
     documents = text.document_digests(tokens.astype(np.uint16))
     shared = len(set(documents) & set(text.document_digests(case.tokens)))
-    return f"{shared:,} of its {len(documents):,} documents are validation documents" * bool(shared)
+    told = f"{shared:,} of its {len(documents):,} documents are validation documents"
+    return told if shared else ""
 
 
 def block_means(nats: np.ndarray) -> np.ndarray:

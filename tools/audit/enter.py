@@ -195,9 +195,9 @@ def show(root: Path, path: str) -> None:
 
 
 def set_read_only(target: Path) -> None:
-    """Of a mount and all mounts in it.
+    """Makes a mount, and all mounts in it, read-only.
 
-    Kernels before 5.12 have no call for that: there, mounts within a mount stay as they are.
+    Kernels before 5.12 have no call for the latter: there, mounts within a mount stay as they are.
     """
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     where = ctypes.c_char_p(str(target).encode())
