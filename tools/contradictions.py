@@ -136,18 +136,18 @@ def disagreements(logs: RunLogs) -> list[str]:
     started = events.get("settings", {})
     pairs = []
     for name, printed in (("val_loss", text.val_loss), ("val_bpb", text.val_bpb)):
-        value = number_in(final, name)
-        pairs.append((name, printed, "nothing" if value is None else f"{value:.8f}"))
+        score = number_in(final, name)
+        pairs.append((name, printed, "nothing" if score is None else f"{score:.8f}"))
     if text.total_bytes is not None:
         pairs.append(("bytes_total", str(text.total_bytes), str(trained.get("bytes_total"))))
-    told = {**started.get("machine", {}), **started.get("settings", {})}
+    recorded = {**started.get("machine", {}), **started.get("settings", {})}
     for name, printed in text.settings.items():
-        if name in told:
-            pairs.append((name.upper(), printed, str(told[name])))
+        if name in recorded:
+            pairs.append((name.upper(), printed, str(recorded[name])))
     found = [
-        f".txt has {name} {printed[:60]}, .jsonl {told[:60]}"
-        for name, printed, told in pairs
-        if printed not in (told, repr(told), as_printed(told))
+        f".txt has {name} {printed[:60]}, .jsonl {value[:60]}"
+        for name, printed, value in pairs
+        if printed not in (value, repr(value), as_printed(value))
     ]
     clock = number_in(trained, "train_clock_seconds")
     if None not in (clock, text.training_seconds):
@@ -259,7 +259,7 @@ def overlap_text(record: dict) -> str:
 
 
 def miscounted_shards(logs: RunLogs) -> list[str]:
-    """Shards that a run counted, and those that it names, hashed or not, are as many."""
+    """Shards that a run counted, if it names, hashed or not, another number of them."""
     found = []
     for kind, event in (("validation", "validation_data"), ("training", "training_data")):
         named = files_of(logs.events.get("hashes", {}), kind)
@@ -369,9 +369,9 @@ def unprinted(logs: RunLogs) -> list[str]:
 
 
 def impossible_evaluations(logs: RunLogs) -> list[str]:
-    """An evaluation takes what passes between the record before its end and that of its score.
+    """An evaluation whose seconds are not those that passed on the wall, by the records around it.
 
-    One without a quantized model's score before it has no such record, and cannot be held to it.
+    Without the record of a quantized model's score before it, that cannot be told.
     """
     passed = seconds_to_score(logs.records)
     if passed is None or "after_quantization" not in logs.events:
@@ -384,7 +384,7 @@ def impossible_evaluations(logs: RunLogs) -> list[str]:
 
 
 def miscounted_texts(logs: RunLogs) -> list[str]:
-    """A score's two figures tell the bytes of a token, which are those of the text it is of."""
+    """A score whose two figures come to other bytes per token than the validation text has."""
     counts = logs.events.get("validation_data", {})
     final = logs.events.get("final", {})
     figures = [number_in(counts, name) for name in ("bytes", "scored_tokens")]
@@ -400,9 +400,8 @@ def miscounted_texts(logs: RunLogs) -> list[str]:
 
 
 def other_sums(logs: RunLogs) -> list[str]:
-    """Tables of where a score's nats are come to the score, and to the text that was counted.
-
-    So does an evaluation's own clock to the seconds that are printed. Older logs have neither.
+    """Tables that do not sum up to their score and to the text that was counted, and an evaluation
+    whose own clock is not the seconds that are printed. Older logs have neither.
     """
     found = []
     counts = logs.events.get("validation_data", {})
@@ -459,9 +458,9 @@ def impossible_steps(logs: RunLogs, clock: float | None, steps: float | None) ->
     """
     found = []
     last = None
-    for record in logs.records:
+    for record in steps_of(logs.records):
         step, ms, each = (number_in(record, n) for n in ("step", "train_ms", "step_avg_ms"))
-        if record["event"] != "train" or None in (step, ms, each):
+        if None in (step, ms, each):
             continue
         if not math.isclose(step * each, ms, rel_tol=1e-3, abs_tol=1.0):
             found.append(f"step {step:.0f}: {step:.0f} × {each:.2f} ms are not {ms:.0f} ms")
@@ -476,7 +475,7 @@ def impossible_steps(logs: RunLogs, clock: float | None, steps: float | None) ->
 
 
 def impossible_walls(logs: RunLogs, clock: float | None) -> list[str]:
-    """The wall clock beside every record bounds what was trained between two of them.
+    """What contradicts the wall clock beside every record, which bounds what was trained meanwhile.
 
     Between two lines of steps, without a validation, all is on the training clock: as much has
     passed on the wall. From "ready" to "trained" no more can have been counted than has passed.
@@ -527,7 +526,7 @@ def walls_and_clocks(records: list[dict], resumed_at: float) -> tuple[float, flo
 
 
 def broken_limits(logs: RunLogs) -> list[str]:
-    """The contest's limits, and the run's own where these are lower."""
+    """Limits that were not kept: the contest's, or the run's own where these are lower."""
     text = logs.text
     found = []
     if text.total_bytes is not None and text.total_bytes > CAP_BYTES:
@@ -702,9 +701,8 @@ def read_header(artifact: Path) -> dict:
 
 def logged_hash(logs: RunLogs) -> str:
     """The artifact's SHA-256 by the log; "" where it has none."""
-    for event in ("artifact", "exported", "trained", "final"):
-        record = logs.events.get(event, {})
-        for name in ("artifact_sha256", "sha256"):
-            if isinstance(record.get(name), str):
-                return record[name]
+    for event in ("trained", "final"):
+        sha256 = logs.events.get(event, {}).get("artifact_sha256")
+        if isinstance(sha256, str):
+            return sha256
     return ""
