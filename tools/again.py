@@ -22,17 +22,17 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools.command import Parser, environment_value, need, run_command
-from tools.logs import SEPARATOR, last_run, not_a_log, rank_count
+from tools.logs import FIRST_LINE, SEPARATOR, last_run, not_a_log, rank_count
 
 
 def read_script(path: Path) -> bytes:
-    """Of the last run in a text log: it begins with the docstring that every version has."""
+    """The script of the last run in a text log: it begins with the docstring of every version."""
     # As bytes, since a script may have been written with any line ends.
     text = path.read_bytes()
     script, found, _ = text.rpartition(SEPARATOR.encode())
     need(found, f"{path} is not a run's text log: no line of 100 = ends the script in it")
     # The messages of earlier runs may stand before it.
-    return script[max(0, script.rfind(b'\n"""Parameter Golf') + 1) :]
+    return script[max(0, script.rfind(FIRST_LINE.encode()) + 1) :]
 
 
 def given_settings(started: dict) -> dict[str, str]:

@@ -51,7 +51,7 @@ def need_place(out: Path, *inputs: Path, ending: str = "") -> None:
 
 
 def encoded(text: str) -> bytes:
-    """As UTF-8; a file's name may have bytes that are none, which are escaped, as a log does it."""
+    """A text as UTF-8. Bytes of a file's name that are no text are escaped, as in a log."""
     return text.encode(errors="backslashreplace")
 
 

@@ -1,9 +1,8 @@
 """Finished runs as their logs tell them: read, and refused if they break a limit or disagree.
 
 A run's text log, its records and its artifact must agree, and runs that are compared must have one
-script and the same settings, machine and text. tools/package.py and tools/summary.py check this for
-a submission's runs. Runs in tables and plots may differ in more, and are only checked by
-tools/logs.py.
+script and the same settings, machine and text. tools/package.py checks this for a submission's
+runs. Runs in tables and plots may differ in more, and are only checked by tools/logs.py.
 """
 
 import argparse
@@ -58,7 +57,7 @@ FOREIGN_FINAL = re.compile(r"_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)[ \t]*
 
 
 class Score(NamedTuple):
-    """Of the validation text: nats per token, bits per byte."""
+    """A score of the validation text: nats per token, bits per byte."""
 
     val_loss: float
     val_bpb: float

@@ -62,7 +62,7 @@ def settings_of(values: dict) -> t.Settings:
 
 
 def finished_runs(logs: Iterable[Path] | None = None) -> list[Finished]:
-    """Of some logs, or all here, the runs of GPTQ that say how large their artifact was."""
+    """The runs of GPTQ in some logs, or all here, that say how large their artifact was."""
     runs = []
     logs = (ROOT / "logs").rglob("*.jsonl") if logs is None else logs
     for path in sorted([*logs, TINY / "tiny.jsonl"]):
@@ -171,7 +171,7 @@ def fit(runs: list[Finished]) -> tuple[dict[str, float], float]:
 
 
 def error_of(run: Finished) -> float:
-    """By what part of the artifact's size a dry run is wrong, with its weights unknown."""
+    """The error of a dry run that does not know the weights, as a part of the artifact's size."""
     skeleton = skeleton_of(run.settings)
     told = sum(dry_run.expected_parts(skeleton, run.settings, run.k).values())
     return told / run.size - 1

@@ -134,7 +134,7 @@ def last_run(path: Path) -> dict[str, dict]:
 
 
 def finished_run(path: Path) -> dict[str, dict]:
-    """As last_run(). Raises UserError if the run has not come to its final score."""
+    """last_run() of a finished run. Raises UserError if it has not come to its final score."""
     events = last_run(path)
     for event in ("settings", "trained", "after_quantization", "final"):
         if event not in events:
@@ -167,7 +167,7 @@ def is_resumed(start: list[dict]) -> bool:
 
 
 def starts_of(runs: list[list[dict]]) -> list[list[dict]]:
-    """Of all starts in a file, those of which the last run is made: one if it was not resumed.
+    """The starts, of all in a file, that make up the last run: one if it was not resumed.
 
     They go back to the last one that took up no checkpoint, if the file holds it.
     """
@@ -385,7 +385,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: list[float]) -> Spread:
-    """Of the same figure in several runs, which differ in their seeds."""
+    """Mean and deviation of one figure in several runs, which differ in their seeds."""
     mean = statistics.fmean(values) if values else None
     std = statistics.stdev(values) if len(values) > 1 else None
     return Spread(mean, std)

@@ -24,7 +24,7 @@ NAME = "manifest.json"
 
 
 class Manifest(NamedTuple):
-    """Of a folder of shards."""
+    """What a manifest says of a folder of shards."""
 
     path: Path
     train: dict[str, str]  # SHA-256 by the name of the shard

@@ -61,7 +61,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def seeds_text(runs: list[Run]) -> str:
-    """ "1 seed" or "3 seeds"."""
+    """How many seeds there are, such as "1 seed" or "3 seeds"."""
     return "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
 
 
@@ -112,7 +112,7 @@ def check_rows(
 
 
 def rounded(value: float | None) -> float | None:
-    """To as many digits as the logs have; None stays None."""
+    """A score with as many digits as in the logs; None stays None."""
     return None if value is None else round(value, 8)
 
 

@@ -101,7 +101,7 @@ def read_points(paths: list[Path]) -> list[Point]:
 
 
 def name_of(point: Point) -> str:
-    """Its run's name, or what the names of its runs begin with and how many they are."""
+    """The name of a point's run, or what the names of its runs begin with and their number."""
     if len(point.names) == 1:
         return point.names[0]
     common = os.path.commonprefix(point.names).rstrip("-_. ")

@@ -44,7 +44,7 @@ class StoppingBatches(t.Batches):
     asked_for = 0
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of other batches."""
+        """The next batch, as of other batches; in the middle, a signal to stop comes with it."""
         self.asked_for += 1
         if self.asked_for == STEPS // 2:
             signal.raise_signal(signal.SIGTERM)

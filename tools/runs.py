@@ -78,7 +78,7 @@ def read_run(path: Path) -> Run:
 
 
 def is_number(value) -> bool:
-    """Whether it is one, as a run writes it: NaN and infinity, where training diverged, too."""
+    """Whether a value is a number as a run writes it; NaN and infinity, if it diverged, are too."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
@@ -160,7 +160,7 @@ def shown(name: str, value: float | None) -> str:
 
 
 def sorted_runs(runs: list[Run], column: str) -> list[Run]:
-    """By a column, runs without a finite value in it last; equal ones by name."""
+    """The runs sorted by a column, those without a finite value in it last; equal ones by name."""
 
     def key(run: Run) -> tuple:
         value = run.figures.get(column, run.settings.get(column))
@@ -260,7 +260,7 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def finite_losses(run: Run) -> list[float]:
-    """Of training, without those of steps that were skipped, as where a run diverged."""
+    """A run's training losses, without those of skipped steps, as where it diverged."""
     losses = [number_in(record, "train_loss") for record in run.losses]
     return [loss for loss in losses if loss is not None]
 

@@ -174,7 +174,7 @@ def need_clocks(name: str, runs: list[Run]) -> None:
 
 
 def interval(samples: np.ndarray) -> str:
-    """As a table shows it; unknown if the runs show no noise."""
+    """The interval of samples, as a table shows it; unknown if the runs show no noise."""
     if np.isnan(samples).any():
         return "unknown"
     low, high = np.percentile(samples, INTERVAL)

@@ -1,7 +1,9 @@
 """Writes docs/settings.md from train_gpt.py: every setting, every preset, and the contest's names.
 
-python -m tools.settings_page            # writes the page
-python -m tools.settings_page --check    # says whether it is up to date, and writes nothing
+    python -m tools.settings_page            # writes the page
+    python -m tools.settings_page --check    # says whether it is up to date, and writes nothing
+
+A test runs the check, which keeps the page from saying what the script does not do.
 """
 
 import argparse
@@ -179,10 +181,7 @@ def settings_page() -> str:
 
 
 def main() -> int:
-    """Writes or checks the page; 1 if it is out of date.
-
-    The check is for a test, which keeps the page from saying what the script does not do.
-    """
+    """Writes or checks the page; 1 if it is out of date."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check

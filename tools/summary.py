@@ -27,7 +27,7 @@ WIDTH = 100
 
 
 def wrapped(text: str) -> list[str]:
-    """Its paragraphs in indented lines."""
+    """A text's paragraphs as indented lines."""
     lines = []
     for paragraph in text.splitlines():
         # An empty paragraph is a line too.

@@ -123,7 +123,7 @@ def refuse_mixture(runs: list[Run]) -> None:
 
 
 def read_nats(run: Run, targets: int) -> np.ndarray:
-    """Its scores, float32 (targets,). Raises UserError if the file holds something else."""
+    """A run's scores, float32 (targets,). Raises UserError if the file holds something else."""
     path = run.scores
     try:
         with path.open("rb") as file:
@@ -371,7 +371,7 @@ def sum_up(text: Text, parted: Grouping, clocks: list[Scores]) -> Sums:
 
 
 def seed_variance(sums: Sums) -> np.ndarray:
-    """Of a row's nats a byte over ln 2, from one seed to another, float64 (R,).
+    """The variance, from seed to seed, of a row's nats a byte over ln 2, float64 (R,).
 
     The sample variance around the mean of each kind at each clock, pooled over both kinds and all
     clocks; NaN if none has two seeds.
@@ -425,7 +425,7 @@ def tabulate(text: Text, parted: Grouping, clocks: dict[float, Scores]) -> list[
 
 
 def rounded(number: float) -> float | None:
-    """As JSON has it: None for what is no number."""
+    """A number as JSON has it: None for what is not finite."""
     return round(float(number), 7) if math.isfinite(number) else None
 
 

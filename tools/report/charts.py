@@ -62,7 +62,7 @@ class Chart(NamedTuple):
 
 
 def thinned(records: list, most: int) -> list:
-    """At most about so many, evenly chosen, first and last among them."""
+    """At most about so many of the records, evenly chosen, first and last among them."""
     each = math.ceil(len(records) / max(2, most))
     return records if each <= 1 else [*records[:-1:each], records[-1]]
 
@@ -77,7 +77,7 @@ def places(run: Run, records: list[dict]) -> dict[str, list[float]]:
 
 
 def colour_of(run: Run, runs: list[Run]) -> str:
-    """The same in every chart, whatever runs these leave out."""
+    """A run's colour: the same in every chart, whatever runs these leave out."""
     place = [other.name for other in runs].index(run.name)
     return COLOURS[place % len(COLOURS)]
 
@@ -182,12 +182,12 @@ def lowest_part(curves: list[Curve]) -> tuple[float, float]:
 
 
 def usual_part(curves: list[Curve]) -> tuple[float, float]:
-    """Up to twice the median: a single pause would press all else to the ground."""
+    """What of the times is shown: up to twice their median, or a single pause would flatten all."""
     return 0.0, 2 * statistics.median([1.0] + [y for curve in curves for y in curve.y])
 
 
 def finite_ones(values: list[float]) -> list[float]:
-    """Without NaN and infinity, which a run that diverges leaves."""
+    """The values but for NaN and infinity, which a run that diverges leaves."""
     return [value for value in values if math.isfinite(value)]
 
 
@@ -218,7 +218,7 @@ def validation_curves(run: Run, colour: str) -> list[Curve]:
 
 
 def finite(values: list[float | None]) -> list[float | None]:
-    """For JSON, which has no name for what is not finite: a gap, as where there is no value."""
+    """The values with None for what is not finite, as JSON has no name for it: a gap in a curve."""
     return [value if value is not None and math.isfinite(value) else None for value in values]
 
 

@@ -222,7 +222,7 @@ def whole_time(run: Run) -> Html:
 
 
 def settings(runs: list[Run]) -> Html:
-    """Those that were given first, the others folded; what differs is bold.
+    """The settings: those that were given first, the others folded; what differs is bold.
 
     A setting may differ without being given, by PRESET or by another script's default: those stand
     apart, for nobody would look for them among a hundred.
