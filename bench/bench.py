@@ -86,8 +86,8 @@ def read_settings(defaults: dict[str, str], world_size: int = 1) -> t.Settings:
 
 
 def captured(call: Callable) -> tuple[Callable, str]:
-    """What launches all that call does on the GPU at once, as a CUDA graph, and ""; or call itself,
-    and why it cannot be captured.
+    """What launches all of call's work on the GPU at once, as a CUDA graph, and ""; if that cannot
+    be captured, call itself, and why.
 
     A host that is busy may take longer to launch kernels one by one than the GPU to run them.
     """
@@ -611,7 +611,7 @@ def float8_mlp_kernel(settings: t.Settings, ranks: t.Ranks, backward: bool) -> K
 
 
 def row_sizes_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-    """The size of all rows of a gradient, from theirs."""
+    """The size that all rows of a gradient are scaled by, from the size of each."""
     _, size = t.float8_gradient(random_rows(settings, ranks, settings.model_dim))
     return Kernel(functools.partial(t.turn_scale, size), size.nbytes, 0)
 
@@ -775,9 +775,9 @@ def scan_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], 
 
 
 def time_kernel(make: Callable[[], Kernel], ceilings: Ceilings) -> dict:
-    """A row: milliseconds, in a CUDA graph or launched by the host; the floor on this machine, how
-    many times the floor it takes, what binds the floor; and the least time of the matrix products
-    and of the bytes alone on each of CARDS.
+    """A row: milliseconds, in a CUDA graph or launched by the host; the floor on this machine, the
+    time as a multiple of it, and what binds it; the least time of the matrix products alone on
+    CARDS, and of the bytes alone on each.
     """
     kernel = make()
     call, problem = captured(kernel.call)
@@ -974,10 +974,11 @@ def profile_table(title: str, kernels: list[tuple[str, float, int]], rows: int =
 
 
 def first_step(defaults: dict[str, str], started: float):
-    """All that a run does up to the end of its first step, short of reading data; then prints, as
-    JSON, the seconds since started, a time of day, at the end of each stage, those that the longest
-    phases of torch's compiler took (phases hold one another: they don't add up), and what was
-    compiled ahead.
+    """Does all that a run does up to the end of its first step, short of reading data.
+
+    Then prints, as JSON: the seconds from started, a time of day, to the end of each stage; the
+    seconds of the longest phases of torch's compiler, which hold one another, so that they don't
+    add up; and what was compiled ahead.
     """
     ends = {"imported": time.time()}
     settings = read_settings(defaults)
@@ -1085,9 +1086,9 @@ COMPARED = ("ms", "step_ms", "tokens_per_s", "peak_GB", "seconds", "GB_per_s", "
 
 
 def compared_columns(rows: list[dict]) -> list[str]:
-    """Of two rows of one name: what was measured, not what follows from that.
+    """The columns that are compared of two rows: what was measured, not what follows from that.
 
-    Rows that have nothing by COMPARED's names, as a start-up's stages, have all their numbers.
+    They are those of COMPARED; of rows without any, as a start-up's stages, all numbers.
     """
     columns = dict.fromkeys(column for row in rows for column in row)
     measured = [column for column in COMPARED if column in columns]
@@ -1268,7 +1269,7 @@ def is_report(found) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 1 if a row failed, 2 for a user's mistake, told in one line.
+    """Measures or compares; returns the exit status: 1 if a row failed, 2 for a user's mistake.
 
     Comparing needs no GPU; all else does.
     """

@@ -65,7 +65,7 @@ def union(intervals: list[tuple[float, float]]) -> tuple[float, list[float]]:
 
 
 def timeline(kernels: list[tuple[str, float, float]], steps: int) -> dict:
-    """Of kernels (name, start, end) in microseconds, the times of one of these steps."""
+    """A step's figures, from the kernels (name, start, end), in microseconds, of so many steps."""
     if not kernels:
         return {}
     collectives, others = [], []

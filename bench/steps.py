@@ -259,7 +259,7 @@ class Child:
 
 
 def standard_error(values: list[float]) -> float:
-    """Of the mean of independent values; infinite for one."""
+    """The standard error of the mean of independent values; infinite for one."""
     if len(values) < 2:
         return float("inf")
     return statistics.stdev(values) / len(values) ** 0.5
@@ -380,7 +380,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; UserError if it makes no sense."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    idea = "may be repeated"
+    idea = "a file that changes the script; may be repeated"
     add("--idea", type=Path, action="append", required=True, metavar="FILE", help=idea)
     add("--rounds", type=int, default=3, help="rounds in which each variant has its turn (3)")
     add("--steps", type=int, default=30, help="steps to time in each turn (30)")

@@ -149,10 +149,7 @@ def time_in_turn(run: Callable, idea: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status.
-
-    It is 2 for a user's mistake, told in one line.
-    """
+    """Tries configurations or an idea; returns the exit status, 2 for a user's mistake."""
 
     def command() -> int:
         parser = Parser(description=(__doc__ or "").split("\n")[0])

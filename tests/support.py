@@ -84,8 +84,8 @@ def tiny(**overrides) -> t.Settings:
 
 
 def tiny_environment(**overrides) -> dict[str, str]:
-    """The same as environment variables; keyword arguments are settings, None leaves a variable
-    out. Of SMALL, so are settings of test-time training that EVAL_MODE does not read.
+    """The settings of tiny() as environment variables. A keyword argument of None leaves one out;
+    SMALL's settings of test-time training that EVAL_MODE does not read are left out, too.
     """
     by_document = overrides.get("eval_mode") == "documents"
     idle = [n for n in SMALL if n.startswith("ttt_") and n.startswith("ttt_lora_") != by_document]
@@ -268,7 +268,7 @@ def collect_factors(model: t.Model, tokens: torch.Tensor, rows: int) -> dict[str
 
 
 def gradients(model: t.Model) -> dict[str, torch.Tensor]:
-    """Of every parameter, by the loss of the same 64 random tokens."""
+    """Every parameter's gradient, of the loss on the same 64 random tokens."""
     tokens = random_tokens(2, 33)
     model.zero_grad()
     model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
@@ -361,7 +361,7 @@ def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -
 
 
 def newton_schulz(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """As its authors write it: every step multiplies the matrices themselves."""
+    """Newton-Schulz as its authors write it: every step multiplies the matrices themselves."""
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     for a, b, c in [*t.POLAR_EXPRESS, *[t.POLAR_EXPRESS[-1]] * steps][:steps]:
         gram = x @ x.mT
@@ -370,7 +370,7 @@ def newton_schulz(x: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def fill_gradients(model: torch.nn.Module, poison: float | None = None):
-    """The same gradients every time; a poison stands in one of them only."""
+    """Sets every gradient, each time to the same numbers; a poison stands in the last one only."""
     for p in model.parameters():
         p.grad = torch.cos(torch.arange(p.numel(), dtype=torch.float32)).view_as(p)
     if poison is not None:
