@@ -109,6 +109,7 @@ from tools.command import (
     file_sha256,
     need,
     run_command,
+    table_cell,
     write_picture,
     write_whole,
 )
@@ -1292,8 +1293,8 @@ def table_row(row: dict, is_base: bool) -> str:
 
 def failed_row(run: dict) -> str:
     """The line of a run that failed or could not begin, below its variant's: why."""
-    error = run["error"].replace("|", "\\|")
     empty = "  |" * (len(HEADS) - 2)
+    error = table_cell(run["error"])
     return f"| {run['variant']}, seed {run['seed']} | {run['status']}: {error} |{empty}"
 
 

@@ -1,4 +1,4 @@
-"""What commands share: a user's mistake ends with one line and status 2."""
+"""What commands share: one line and status 2 for a user's mistake, files that are written whole."""
 
 import argparse
 import hashlib
@@ -86,6 +86,11 @@ def write_picture(path: Path, figure, dpi: int = 150) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
     write_whole(path, picture.getvalue())
+
+
+def table_cell(text: str) -> str:
+    """A text inside a Markdown table, where a bar would end the cell."""
+    return text.replace("|", "\\|")
 
 
 def environment_value(value) -> str:

@@ -20,7 +20,7 @@ if not __package__:  # started by its path
     )
     sys.exit(2)
 
-from tools.command import Parser, need, run_command, write_whole
+from tools.command import Parser, need, run_command, table_cell, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "experiments.csv"
@@ -95,12 +95,6 @@ def measures(row: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def cell(text: str) -> str:
-    """Text as a table's cell, which a bar would end."""
-    # Markdown's own escape.
-    return text.replace("|", "\\|")
-
-
 def shared(rows: list[dict[str, str]]) -> set[str]:
     """The circumstances, by their columns' names, that are the same in all of some rows."""
     names = (name for part in CIRCUMSTANCES for name in part)
@@ -141,7 +135,7 @@ def table(rows: list[dict[str, str]]) -> list[str]:
         values = [row["id"], row["what"]]
         values += [one.get(name, "") for name in names]
         values += [row[name] for name in beside]
-        lines.append("| " + " | ".join(map(cell, values)) + " |")
+        lines.append("| " + " | ".join(map(table_cell, values)) + " |")
     return lines
 
 

@@ -33,7 +33,15 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools import evidence
-from tools.command import Parser, UserError, encoded, environment_value, need, run_command
+from tools.command import (
+    Parser,
+    UserError,
+    encoded,
+    environment_value,
+    need,
+    run_command,
+    table_cell,
+)
 from tools.contradictions import CAP_BYTES
 from tools.evidence import Row
 from tools.finished import (
@@ -104,10 +112,7 @@ def check_rows(
     rows += [evidence.seeds_row(runs)]
     tests = gain or "no baseline was given"
     rows.append(Row("significance", tests, "Welch's t-test of the logs' scores"))
-    rows += [
-        evidence.attempts_row(runs),
-        evidence.evaluation_row(variables(run, script)),
-    ]
+    rows += [evidence.attempts_row(runs), evidence.evaluation_row(variables(run, script))]
     return rows
 
 
@@ -302,7 +307,7 @@ def check_table(rows: list[Row]) -> list[str]:
     lines = ["## What was checked", "", table_row("condition", ["found", "shown by"])]
     lines.append(table_row("---", ["---", "---"]))
     for row in rows:
-        lines.append(table_row(row.question, [row.answer.replace("|", "\\|"), row.shown_by]))
+        lines.append(table_row(row.question, [table_cell(row.answer), row.shown_by]))
     return [*lines, "", "What the logs say is claimed; tools.audit scores an artifact anew.", ""]
 
 
@@ -394,24 +399,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     What submission.json of this project says is the default of what names the entry.
     """
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "logs", nargs="+", type=Path, metavar="LOG", help="a run's .txt, with its .jsonl beside it"
-    )
+    text = "a run's .txt, with its .jsonl beside it"
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help=text)
     text = "the folder to make; default: records/TRACK/DATE_NAME"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=text)
     parser.add_argument("--name", help="name of the entry; default: submission.json's")
     parser.add_argument("--author", help="default: submission.json's")
     parser.add_argument("--github-id", help="default: submission.json's")
     parser.add_argument("--blurb", help="a sentence or two on the entry; default: its result")
-    parser.add_argument(
-        "--baseline", nargs="+", type=Path, default=[], metavar="LOG", help="logs of runs to beat"
-    )
-    parser.add_argument(
-        "--script",
-        type=Path,
-        default=ROOT / "train_gpt.py",
-        help="script that the runs must have; default: ours",
-    )
+    text = "logs of runs to beat"
+    parser.add_argument("--baseline", nargs="+", type=Path, default=[], metavar="LOG", help=text)
+    text = "script that the runs must have; default: ours"
+    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help=text)
     text = "artifacts that are neither where they were written nor beside their logs"
     parser.add_argument("--artifacts", nargs="+", type=Path, default=[], metavar="FILE", help=text)
     text = "logs of earlier parts of runs that were resumed under another name"

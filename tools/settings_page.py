@@ -18,7 +18,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import Parser, environment_value, run_command, write_whole
+from tools.command import Parser, environment_value, run_command, table_cell, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
@@ -83,15 +83,10 @@ OTHERS = """\
 """
 
 
-def cell(text: str) -> str:
-    """A text inside a Markdown table, where a bar would end the cell."""
-    return text.replace("|", "\\|")
-
-
 def code(text: str) -> str:
     """A text as code inside a table; nothing if it is empty."""
     # Empty backticks would show as backticks.
-    return f"`{cell(text)}`" if text else ""
+    return f"`{table_cell(text)}`" if text else ""
 
 
 def setting_rows() -> list[str]:
@@ -107,8 +102,8 @@ def setting_rows() -> list[str]:
             lines += ["", f"## {GROUPS[group]}", "", "| variable | default | values | |"]
             lines.append("| --- | --- | --- | --- |")
         default = code(environment_value(field.default))
-        values = cell(t.describe_values(**field.metadata))
-        about = cell(field.metadata["help"])
+        values = table_cell(t.describe_values(**field.metadata))
+        about = table_cell(field.metadata["help"])
         lines.append(f"| `{field.name.upper()}` | {default} | {values} | {about} |")
     return lines
 
@@ -125,7 +120,7 @@ def reason_rows() -> list[str]:
     Its column of reasons may name rows of docs/experiments.csv, which a test looks up.
     """
     lines = ["| variable | why |", "| --- | --- |"]
-    return lines + [f"| `{name}` | {cell(why)} |" for name, why in read_reasons().items()]
+    return lines + [f"| `{name}` | {table_cell(why)} |" for name, why in read_reasons().items()]
 
 
 def preset_rows() -> list[str]:
@@ -149,13 +144,13 @@ def name_row(name: str, refused: dict[str, tuple[str, str]]) -> str:
     if name in refused:
         value, reason = refused[name]
         fate = f"refused, but {code(value)}" if value else "refused"
-        return f"| `{name}` | {fate} | {cell(reason)} |"
+        return f"| `{name}` | {fate} | {table_cell(reason)} |"
     if name in t.ALIASES:
         ours, convert = t.ALIASES[name]
         about = (convert.__doc__ or "").partition("\n")[0] if convert else "the same value"
-        return f"| `{name}` | sets `{ours}` | {cell(about.strip())} |"
+        return f"| `{name}` | sets `{ours}` | {table_cell(about.strip())} |"
     field = t.Settings.__dataclass_fields__[name.lower()]
-    return f"| `{name}` | setting | {cell(field.metadata['help'])} |"
+    return f"| `{name}` | setting | {table_cell(field.metadata['help'])} |"
 
 
 def settings_page() -> str:
@@ -181,7 +176,10 @@ def settings_page() -> str:
 
 
 def main() -> int:
-    """Writes or checks the page; 1 if it is out of date."""
+    """Writes the page, or compares it with the script.
+
+    Returns the exit status: 1 if the page is out of date.
+    """
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check

@@ -48,7 +48,7 @@ from tools.audit.checks import (
     run_check,
 )
 from tools.audit.standing import claims_of, standing_of
-from tools.command import Parser, need, run_command
+from tools.command import Parser, need, run_command, table_cell
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FAILED, ANOTHER_SCRIPT, NOT_ISOLATED, SOMETHING_OPEN = 1, 3, 4, 5
@@ -93,7 +93,7 @@ def table(case: Case, results: dict[str, Finding]) -> str:
     rows = [["check", "result", "standing", "evidence"], ["---"] * 4]
     for name, (verdict, evidence) in results.items():
         cells = (TITLES[name], verdict, standing_of(case, name, results[name]), evidence)
-        rows.append([" ".join(one.replace("|", "\\|").split()) for one in cells])
+        rows.append([" ".join(table_cell(one).split()) for one in cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     left_out = [TITLES[name] for name in CHECKS if name not in results]
     if left_out:
