@@ -307,7 +307,7 @@ class Settings:
     eval_any_tokens: bool = env(False, "score other tokens than TOKENIZER_PATH's, to try them")
     ttt_enabled: bool = env(True, "score-first test-time training")
     ttt_lr: float = env(0.005, "SGD, not of documents; cosine over the chunks", "rate")
-    ttt_epochs: int = env(2, "passes over each scored chunk", "epochs")
+    ttt_epochs: int = env(2, "passes over each scored chunk", "epochs", high=1000)
     ttt_momentum: float = env(0.9, "SGD", "part", 0, BELOW_1)
     ttt_grad_clip: float = env(1.0, "most of a step's gradient; 0: not clipped", "norm")
     ttt_freeze_blocks: int = env(0, "first blocks that are not trained", "layers", 0, 256)
@@ -3488,12 +3488,13 @@ class Evaluator:
             nats = self.nats_function(excerpt.tokens, excerpt.targets, self.order)
             self._keep(excerpt, begin, end, nats)
 
-        self._in_parts(len(windows), score)
+        self._in_parts(len(windows), score, filled=True)
 
-    def _in_parts(self, count: int, work) -> list:
+    def _in_parts(self, count: int, work, filled: bool = False) -> list:
         """The results of work(slice) for slices of count rows, each as large as memory allows.
 
         If work raises OutOfMemoryError it is called again on fewer rows, so it must bear repeating.
+        filled: it reads spare rows with the last ones, as many in all as in other slices.
         """
         results = []
         first = 0
@@ -3503,7 +3504,8 @@ class Evaluator:
                 results.append(work(part))
                 first = part.stop
                 continue
-            self._take_fewer(part.stop - part.start)  # outside suppress(), its tensors are freed
+            rows = self.rows if filled else part.stop - part.start
+            self._take_fewer(rows)  # outside suppress(), its tensors are freed
         return results
 
     def _take_fewer(self, rows: int):
@@ -6240,6 +6242,8 @@ def evaluate_artifact(settings, given, ranks, validation, log, written, unscored
     if s.score_mode == "plain" and not s.eval_only and "after_quantization" not in unscored:
         report(log, "after_quantization", s, validation, score)  # see score_quantized()
     overflow = f"numbers overflow in PRECISION={s.precision}, or {DIVERGED}"
+    if s.adapts:
+        overflow += f"; or {'TTT_LORA_LR' if s.eval_mode == 'documents' else 'TTT_LR'}"
     need(math.isfinite(score.val_loss), f"the score is {score.val_loss:g}: {overflow}")
     late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: raise it, or change EVAL_MODE"
     need(ranks.from_main(score.seconds <= s.eval_max_seconds), late)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import types
@@ -509,6 +510,29 @@ def test_windows_are_read_in_parts_where_memory_is_short(monkeypatch, mode):
     assert memory.said[-1] == 2, memory.said
     np.testing.assert_allclose(score.nats, usual.nats, atol=2e-6)
     assert sorted(place for place, _ in memory.scored) == list(range(len(tokens) - 1))
+
+
+def test_a_last_window_is_not_a_single_row_if_spare_ones_are_read_with_it(monkeypatch):
+    """Memory may end there, though as many rows had room before."""
+    settings = tiny(eval_mode="plain", ttt_enabled=False, compile="off")
+    rows, length = settings.val_batch_size // settings.train_seq_len, settings.train_seq_len
+    assert rows > 2
+    model = random_model(settings)
+    tokens = stream_of(LENGTHS)[: (rows + 1) * length]
+    usual = evaluate(model, settings, tokens)
+    forward = t.Model.forward
+    read = []
+
+    def run(model, tokens, *arguments):
+        read.append(len(tokens))
+        if len(read) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(model, tokens, *arguments)
+
+    monkeypatch.setattr(t.Model, "forward", run)
+    score = evaluate(model, settings, tokens)
+    assert read == [rows, rows, math.ceil(rows / 2)]
+    np.testing.assert_allclose(score.nats, usual.nats, atol=2e-6)
 
 
 @pytest.mark.parametrize("mode", ["plain", "documents"])

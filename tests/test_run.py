@@ -1035,6 +1035,7 @@ def test_a_score_that_is_no_number_is_an_error(monkeypatch, capsys, trained, sha
     environment = run_environment(shards, tmp_path, eval_only=True, artifact=trained.artifact)
     said = mistake(monkeypatch, capsys, environment | {"RUN_ID": "nan"})
     assert "the score is nan: numbers overflow in PRECISION=auto, or training diverged" in said
+    assert said.rstrip().endswith("SCALAR_LR or TIED_EMBED_LR; or TTT_LR"), said
     (log,) = tmp_path.rglob("nan.eval.jsonl")
     assert [record["event"] for record in t.read_records(log)][-1] == "error"
 
