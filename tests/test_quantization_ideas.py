@@ -1,4 +1,4 @@
-"""tools/ideas/tokens_that_count.py, rows_make_up.py and late_grids.py compute what they say."""
+"""Files of tools/ideas that change quantization compute what they say."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,7 +8,8 @@ import torch
 
 import train_gpt as t
 from tests.support import SOLO, Quiet, random_model, random_tokens, relative, tiny
-from tools.ideas import late_grids, rows_make_up, tokens_that_count
+from tools.ideas import late_grids, quantized_inputs, rows_make_up, tokens_that_count
+from tools.ideas.steps_trained_again import points_of
 
 SHARED = {"quantizer": "gptq", "sdclip_by_matrix": 1.0, "sdclip_by_row": 0.5}
 
@@ -16,7 +17,8 @@ SHARED = {"quantizer": "gptq", "sdclip_by_matrix": 1.0, "sdclip_by_row": 0.5}
 @pytest.fixture
 def script(monkeypatch):
     """train_gpt.py's module, as it was once the test is over."""
-    for name in ("calibrate", "collect_costs", "quantize_model", "schedule_at", "Trainer"):
+    changed = ("calibrate", "calibration_sequences", "collect_costs", "quantize_model")
+    for name in (*changed, "schedule_at", "Trainer"):
         monkeypatch.setattr(t, name, getattr(t, name))
     return t
 
@@ -227,3 +229,66 @@ def test_grids_are_found_once_by_the_first_step_that_wants_them(script, monkeypa
     assert found == [1]
     assert trainer.grids == ["found"]
     assert len(steps) == 3
+
+
+def test_the_best_weight_is_that_of_least_squares():
+    generator = torch.Generator().manual_seed(5)
+    weight, x = (torch.randn(n, 12, generator=generator) for n in (7, 200))
+    changed = x + 0.3 * torch.randn(200, 12, generator=generator)
+    hessian, cross = 2 * changed.mT @ changed, 2 * x.mT @ changed
+    found = quantized_inputs.best_weight(weight, hessian, cross, 0.01)
+    # Damping is as if there were more inputs, of which the layer should do the same as before.
+    more = (0.01 * hessian.diagonal().mean() / 2).sqrt() * torch.eye(12)
+    inputs = torch.cat([changed, more])
+    outputs = torch.cat([x, more]) @ weight.mT
+    assert relative(found, torch.linalg.lstsq(inputs, outputs).solution.mT) < 1e-5
+    assert relative(found, weight) > 0.05
+    assert relative(quantized_inputs.best_weight(weight, hessian, hessian, 0.01), weight) < 1e-5
+
+
+def test_layers_are_found_in_the_order_in_which_they_run():
+    model = random_model(tiny(num_layers=2, mamba_layers="0", layer_order="0,1,0"))
+    expected = [["bigram_proj.weight"]]
+    expected += [[f"blocks.0.mixer.{name}.weight"] for name in ("in_proj", "out_proj")]
+    expected += [[f"blocks.0.mlp.{name}.weight"] for name in ("up", "down")]
+    expected += [[f"blocks.1.mixer.{name}.weight" for name in ("query", "key", "value")]]
+    expected += [["blocks.1.mixer.out.weight"]]
+    expected += [[f"blocks.1.mlp.{name}.weight"] for name in ("up", "down")]
+    assert quantized_inputs.run_order(model, random_tokens(2, 32)) == expected
+
+
+@pytest.mark.parametrize("states", [0, 8])
+def test_layers_undo_earlier_errors_if_they_are_rounded_for_quantized_inputs(script, states):
+    lengths = {"train_batch_tokens": 6144, "calibration_tokens": 6144}
+    settings = tiny(**SHARED, spelling_features=0, trellis_states=states, **lengths)
+    model = random_model(settings)
+    tokens, others = (random_tokens(rows, 32, seed=rows) for rows in (192, 64))
+    batches = SimpleNamespace(next=lambda: (tokens, tokens))
+    log = Quiet()
+
+    def error_of(block_size: int) -> tuple[float, dict]:
+        """How far other texts' hidden states are off once quantized, and what is stored."""
+        now = replace(settings, gptq_block_size=block_size)
+        trainer = SimpleNamespace(
+            settings=now, ranks=SOLO, model=model, calibration_rows=50, log=log
+        )
+        solvers = script.calibrate(trainer, batches)
+        stored = script.quantize_model(model, now, SOLO, solvers, 12.0)
+        floats = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with torch.no_grad():
+            usual = model(others, model.full_order)
+            for name in script.grid_limits(model):
+                model.get_parameter(name).copy_(points_of(script, stored, name, states)[0])
+            changed = model(others, model.full_order)
+            quantized_inputs.set_weights(model, floats)
+        return relative(changed, usual), stored
+
+    before, usual = error_of(128)
+    quantized_inputs.install(script)
+    after, stored = error_of(64)
+    assert after < 0.96 * before
+    again, same = error_of(128)
+    assert again == before and all(torch.equal(same[name], x) for name, x in usual.items())
+    for name, numbers in usual.items():
+        layer = name.endswith("integers") and name.split()[0] in model.linear_layers()
+        assert torch.equal(stored[name], numbers) != layer, name

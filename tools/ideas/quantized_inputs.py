@@ -1,0 +1,145 @@
+"""Idea: rounding for inputs by quantized layers. An --idea of `python -m tools.explore`.
+
+GPTQ takes a layer's inputs X from the float model. In the artifact they are X', which earlier
+layers' errors have changed, and the layer should still give W X. So layers are rounded in the
+order in which they run, each for the X' that those before it make:
+
+    |W X - V X'|² = |(W* - V) X'|² + what no V can change,
+    W* = (2 W X X'^T + d W) (2 X' X'^T + d I)^-1.
+
+That is gptq() of W* with the Hessian 2 X' X'^T, and d its damping: W* undoes of earlier errors what
+X' foretells of them. Embeddings are rounded first, as before. A matrix keeps its grid.
+
+To compare both on the same weights, this is done only if GPTQ_BLOCK_SIZE is 64: --requantize
+"quantized inputs: GPTQ_BLOCK_SIZE=64". Source: asymmetric calibration, as in GPTAQ, arXiv
+2504.02692, here by least squares.
+"""
+
+import torch
+
+QUANTIZED_BLOCKS = 64
+
+
+def run_order(model, tokens: torch.Tensor) -> list[list[str]]:
+    """Names of linear layers' weights, as they first run on tokens (B, T); a list shares its X."""
+    order: list[list[str]] = []
+    seen = []  # the inputs of each list
+
+    def hook(name: str):
+        def note(layer, positional, output):
+            if any(name in names for names in order):
+                return
+            if not seen or seen[-1] is not positional[0]:
+                order.append([])
+                seen.append(positional[0])
+            order[-1].append(name)
+
+        return note
+
+    layers = model.linear_layers().items()
+    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers]
+    model(tokens, model.full_order)
+    for handle in hooks:
+        handle.remove()
+    return order
+
+
+def set_weights(model, weights: dict[str, torch.Tensor]) -> None:
+    """Copies weights over the parameters of their names."""
+    for name, weight in weights.items():
+        model.get_parameter(name).copy_(weight)
+
+
+def inputs_of(model, names: list[str], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The inputs (n, columns), float32, of these layers on tokens (B, T), in the order of calls."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+    def hook(name: str):
+        def keep(layer, positional, named, output):
+            x = layer.effective_input(*positional, **named)
+            found[name].append(x.float().flatten(0, -2))
+
+        return keep
+
+    layers = model.linear_layers()
+    hooks = [layers[name].register_forward_hook(hook(name), with_kwargs=True) for name in names]
+    model(tokens, model.full_order)
+    for handle in hooks:
+        handle.remove()
+    return {name: torch.cat(inputs) for name, inputs in found.items()}
+
+
+def collect(model, names: list[str], parts, floats: dict, rounded: dict) -> dict[str, list]:
+    """2 X' X'^T and 2 X X'^T (columns, columns) of these layers, which have the same inputs.
+
+    floats and rounded: the weights that make X and X'. The model is left with floats.
+    """
+    sums = [0.0, 0.0]
+    for tokens in parts:
+        set_weights(model, rounded)
+        (changed,) = inputs_of(model, names[:1], tokens).values()
+        set_weights(model, floats)
+        (usual,) = inputs_of(model, names[:1], tokens).values()
+        sums = [total + 2 * x.mT @ changed for total, x in zip(sums, (changed, usual), strict=True)]
+    return sums
+
+
+def best_weight(weight, hessian, cross, damp: float) -> torch.Tensor:
+    """W* (rows, columns) of a weight, 2 X' X'^T, 2 X X'^T and GPTQ_DAMP."""
+    h, c = hessian.double(), cross.double()
+    damping = damp * h.diagonal().mean().clamp(min=1e-9) * torch.eye(len(h), device=h.device)
+    return torch.linalg.solve(h + damping, (weight.double() @ (c + damping)).mT).mT.float()
+
+
+def install(script) -> None:
+    """Changes train_gpt.py's calibrate(), calibration_sequences() and quantize_model()."""
+    # Only here: an idea is loaded by its path, and has a package's others once it is at work.
+    from tools.ideas.steps_trained_again import points_of
+
+    usual_calibrate = script.calibrate
+    usual_sequences = script.calibration_sequences
+    usual_quantize = script.quantize_model
+    taken = {}
+
+    def calibration_sequences(*arguments):
+        """As the script's, which are read again for each layer."""
+        taken["sequences"] = usual_sequences(*arguments)
+        return taken["sequences"]
+
+    def calibrate(trainer, batches):
+        """As the script's."""
+        taken["rows"] = trainer.calibration_rows
+        return usual_calibrate(trainer, batches)
+
+    @torch.no_grad()
+    def quantize_model(model, settings, ranks, solvers, k, track=iter):
+        """As the script's; then linear layers are rounded anew, one after the other."""
+        stored = usual_quantize(model, settings, ranks, solvers, k, track)
+        if settings.gptq_block_size != QUANTIZED_BLOCKS:
+            return stored
+        parts = taken["sequences"].split(taken["rows"])
+        states = settings.trellis_states
+        limits = script.grid_limits(model)
+        grids = {name: grid for name, *grid in script.grids(model, settings, limits, k)}
+        floats = {name: weight.clone() for name, (weight, *_) in grids.items()}
+        rounded = floats | {
+            name: points_of(script, stored, name, states)[0]
+            for name in grids.keys() - model.linear_layers().keys()
+        }
+        for names in track(run_order(model, parts[0])):
+            hessian, cross = map(ranks.sum_, collect(model, names, parts, floats, rounded))
+            solver = script.factor_hessian(hessian, settings.gptq_damp)
+            for name in names:
+                _, most, rows, columns = grids[name]
+                target = best_weight(floats[name], hessian, cross, settings.gptq_damp)
+                costs = model.row_costs.get(name, torch.ones_like(rows))
+                weights = (costs / costs.mean()).sqrt()
+                scale = rows * columns
+                points = script.gptq(target, scale, most, *solver, weights, 128, states)
+                stored[f"{name} integers"].copy_(points.floor())
+                rounded[name] = points * scale
+        return stored
+
+    script.calibration_sequences = calibration_sequences
+    script.calibrate = calibrate
+    script.quantize_model = quantize_model
