@@ -10,14 +10,19 @@ order in which they run, each for the X' that those before it make:
 That is gptq() of W* with the Hessian 2 X' X'^T, and d its damping: W* undoes of earlier errors what
 X' foretells of them. Embeddings are rounded first, as before. A matrix keeps its grid.
 
-To compare both on the same weights, this is done only if GPTQ_BLOCK_SIZE is 64: --requantize
-"quantized inputs: GPTQ_BLOCK_SIZE=64". Source: asymmetric calibration, as in GPTAQ, arXiv
-2504.02692, here by least squares.
+Where a layer's outputs are added to the residual stream S, it can also make up for what the stream
+itself is off by then: it should give W X + S - S', and 2 (S - S') X'^T is added to 2 W X X'^T.
+
+To compare all on the same weights, this is done only if GPTQ_BLOCK_SIZE is 64, or with the stream
+32: --requantize "quantized inputs: GPTQ_BLOCK_SIZE=64". Source: asymmetric calibration, as in
+GPTAQ, arXiv 2504.02692, here by least squares.
 """
 
 import torch
 
 QUANTIZED_BLOCKS = 64
+STREAM_BLOCKS = 32
+ADDING = ("out", "out_proj", "down")  # layers whose outputs are added to the stream
 
 
 def run_order(model, tokens: torch.Tensor) -> list[list[str]]:
@@ -50,45 +55,67 @@ def set_weights(model, weights: dict[str, torch.Tensor]) -> None:
         model.get_parameter(name).copy_(weight)
 
 
-def inputs_of(model, names: list[str], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The inputs (n, columns), float32, of these layers on tokens (B, T), in the order of calls."""
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+def read_layer(model, name: str, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """X (n, columns) of a layer on tokens (B, T), and S (n, rows) or None, float32.
 
-    def hook(name: str):
-        def keep(layer, positional, named, output):
-            x = layer.effective_input(*positional, **named)
-            found[name].append(x.float().flatten(0, -2))
+    Both in the order in which the layer runs. S: the stream that its outputs are added to.
+    """
+    inputs = []
+    streams = []
 
-        return keep
+    def keep_inputs(layer, positional, named, output):
+        inputs.append(layer.effective_input(*positional, **named))
 
-    layers = model.linear_layers()
-    hooks = [layers[name].register_forward_hook(hook(name), with_kwargs=True) for name in names]
+    def keep_mixed(block, positional):
+        x, embedded, *_ = positional
+        keep, mix = block.residual_mix.to(x.dtype)
+        streams.append(keep * x + mix * embedded)
+
+    def keep_stream(mlp, positional):
+        streams.append(positional[0])
+
+    layer = model.linear_layers()[name]
+    hooks = [layer.register_forward_hook(keep_inputs, with_kwargs=True)]
+    kind = name.split(".")  # as blocks.0.mixer.out_proj.weight
+    if kind[-2] in ADDING:
+        block = model.blocks[int(kind[1])]
+        if kind[2] == "mlp":
+            hooks.append(block.mlp.register_forward_pre_hook(keep_stream))
+        else:
+            hooks.append(block.register_forward_pre_hook(keep_mixed))
     model(tokens, model.full_order)
     for handle in hooks:
         handle.remove()
-    return {name: torch.cat(inputs) for name, inputs in found.items()}
+    x, s = (
+        torch.cat(parts).float().flatten(0, -2) if parts else None for parts in (inputs, streams)
+    )
+    return x, s
 
 
-def collect(model, names: list[str], parts, floats: dict, rounded: dict) -> dict[str, list]:
-    """2 X' X'^T and 2 X X'^T (columns, columns) of these layers, which have the same inputs.
+def collect(model, name: str, parts, floats: dict, rounded: dict) -> list[torch.Tensor]:
+    """Of a layer: 2 X' X'^T, 2 X X'^T (columns, columns), 2 (S - S') X'^T (rows, columns).
 
     floats and rounded: the weights that make X and X'. The model is left with floats.
     """
-    sums = [0.0, 0.0]
+    sums = [0.0, 0.0, torch.zeros_like(floats[name])]
     for tokens in parts:
         set_weights(model, rounded)
-        (changed,) = inputs_of(model, names[:1], tokens).values()
+        changed, stream_now = read_layer(model, name, tokens)
         set_weights(model, floats)
-        (usual,) = inputs_of(model, names[:1], tokens).values()
-        sums = [total + 2 * x.mT @ changed for total, x in zip(sums, (changed, usual), strict=True)]
+        usual, stream = read_layer(model, name, tokens)
+        sums[0] += 2 * changed.mT @ changed
+        sums[1] += 2 * usual.mT @ changed
+        if stream is not None:
+            sums[2] += 2 * (stream - stream_now).mT @ changed
     return sums
 
 
-def best_weight(weight, hessian, cross, damp: float) -> torch.Tensor:
-    """W* (rows, columns) of a weight, 2 X' X'^T, 2 X X'^T and GPTQ_DAMP."""
+def best_weight(weight, hessian, cross, lost, damp: float) -> torch.Tensor:
+    """W* (rows, columns) of a weight, by what collect() returns and GPTQ_DAMP."""
     h, c = hessian.double(), cross.double()
     damping = damp * h.diagonal().mean().clamp(min=1e-9) * torch.eye(len(h), device=h.device)
-    return torch.linalg.solve(h + damping, (weight.double() @ (c + damping)).mT).mT.float()
+    wanted = weight.double() @ (c + damping) + lost.double()
+    return torch.linalg.solve(h + damping, wanted.mT).mT.float()
 
 
 def install(script) -> None:
@@ -115,7 +142,7 @@ def install(script) -> None:
     def quantize_model(model, settings, ranks, solvers, k, track=iter):
         """As the script's; then linear layers are rounded anew, one after the other."""
         stored = usual_quantize(model, settings, ranks, solvers, k, track)
-        if settings.gptq_block_size != QUANTIZED_BLOCKS:
+        if settings.gptq_block_size not in (QUANTIZED_BLOCKS, STREAM_BLOCKS):
             return stored
         parts = taken["sequences"].split(taken["rows"])
         states = settings.trellis_states
@@ -127,11 +154,14 @@ def install(script) -> None:
             for name in grids.keys() - model.linear_layers().keys()
         }
         for names in track(run_order(model, parts[0])):
-            hessian, cross = map(ranks.sum_, collect(model, names, parts, floats, rounded))
+            found = collect(model, names[0], parts, floats, rounded)
+            hessian, cross, lost = map(ranks.sum_, found)
+            with_stream = settings.gptq_block_size == STREAM_BLOCKS and len(names) == 1
+            lost = lost if with_stream else lost.new_zeros(1)
             solver = script.factor_hessian(hessian, settings.gptq_damp)
             for name in names:
                 _, most, rows, columns = grids[name]
-                target = best_weight(floats[name], hessian, cross, settings.gptq_damp)
+                target = best_weight(floats[name], hessian, cross, lost, settings.gptq_damp)
                 costs = model.row_costs.get(name, torch.ones_like(rows))
                 weights = (costs / costs.mean()).sqrt()
                 scale = rows * columns
