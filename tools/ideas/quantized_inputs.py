@@ -156,8 +156,8 @@ def install(script) -> None:
         for names in track(run_order(model, parts[0])):
             found = collect(model, names[0], parts, floats, rounded)
             hessian, cross, lost = map(ranks.sum_, found)
-            with_stream = settings.gptq_block_size == STREAM_BLOCKS and len(names) == 1
-            lost = lost if with_stream else lost.new_zeros(1)
+            if settings.gptq_block_size == QUANTIZED_BLOCKS or len(names) > 1:
+                lost = lost.new_zeros(1)  # layers that share inputs add nothing to the stream
             solver = script.factor_hessian(hessian, settings.gptq_damp)
             for name in names:
                 _, most, rows, columns = grids[name]
