@@ -597,11 +597,12 @@ def refuse_idle(settings, given: set[str]):
     for name in sorted(given):
         modes = modes_that_read(name)
         concerns = name.startswith("ttt_") or "eval_mode" not in given
-        idle = concerns and mode not in modes
+        if mode in modes or not concerns:
+            continue
         others = [n.upper() for n in sorted(given) if not {*modes} & {*modes_that_read(n)}]
-        problem = f"{name.upper()} means nothing with EVAL_MODE={mode}"
-        problem += f", and no mode reads it beside {others[0]}" if others else ""
-        need(not idle, f"{problem}: unset one of them")
+        beside = f", and no mode reads it beside {others[0]}" if others else ""
+        problem = f"{name.upper()} means nothing with EVAL_MODE={mode}{beside}"
+        raise UserError(f"{problem}: unset one of them")
 
 
 def check(settings, name: str, condition: bool, problem: str):

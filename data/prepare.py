@@ -1075,12 +1075,12 @@ def build_dataset(
 
     path = args.tokenizer or out / tokenizer_name(name, args.vocab_size, args.case)
     tokenizer = load_tokenizer(path) if args.tokenizer else None
-    # With operators, a text that does not come back from its tokens is refused.
-    if tokenizer and not has_case_operators(tokenizer):
+    if tokenizer is not None and not has_case_operators(tokenizer):
+        if args.case:
+            lacks = f"{path}: its pieces {TITLE_ID} to {ESCAPE_ID} are not the operators of --case"
+            raise PrepareError(f"{lacks}; leave --tokenizer out to train one, or leave --case out")
+        # With operators, a text that does not come back from its tokens is refused.
         warn_of_other_text(tokenizer, path)
-    if args.case and tokenizer is not None and not has_case_operators(tokenizer):
-        lacks = f"{path}: its pieces {TITLE_ID} to {ESCAPE_ID} are not the operators of --case"
-        raise PrepareError(f"{lacks}; leave --tokenizer out to train one, or leave --case out")
     with work_folder(out) as work:
         if tokenizer is None:
             texts = progress("reading for the tokenizer")

@@ -304,7 +304,7 @@ def test_layers_undo_earlier_errors_if_rounded_for_quantized_inputs(script, stat
             for name in script.grid_limits(model):
                 model.get_parameter(name).copy_(points_of(script, stored, name, states)[0])
             changed = model(others, model.full_order)
-            quantized_inputs.set_weights(model, floats)
+            model.load_state_dict(floats)
         return relative(changed, usual), stored
 
     before, usual = error_of(128)

@@ -49,12 +49,6 @@ def run_order(model, tokens: torch.Tensor) -> list[list[str]]:
     return order
 
 
-def set_weights(model, weights: dict[str, torch.Tensor]) -> None:
-    """Copies weights over the parameters of their names."""
-    for name, weight in weights.items():
-        model.get_parameter(name).copy_(weight)
-
-
 def read_layer(model, name: str, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """X (n, columns) of a layer on tokens (B, T), and S (n, rows) or None, float32.
 
@@ -99,9 +93,9 @@ def collect(model, name: str, parts, floats: dict, rounded: dict) -> list[torch.
     """
     sums = [0.0, 0.0, torch.zeros_like(floats[name])]
     for tokens in parts:
-        set_weights(model, rounded)
+        model.load_state_dict(rounded, strict=False)
         changed, stream_now = read_layer(model, name, tokens)
-        set_weights(model, floats)
+        model.load_state_dict(floats, strict=False)
         usual, stream = read_layer(model, name, tokens)
         sums[0] += 2 * changed.mT @ changed
         sums[1] += 2 * usual.mT @ changed
