@@ -897,6 +897,18 @@ def wait_until(condition) -> None:
         time.sleep(0.02)
 
 
+def kill(process: subprocess.Popen, workers: list[int]) -> None:
+    """Kills a process of prepare.py; workers becomes the list of all that it had started by then.
+
+    The first that are seen are not all: a pool starts the others as there is work for them.
+    """
+    if process.poll() is None:
+        process.send_signal(signal.SIGSTOP)
+        workers[:] = {*workers, *workers_of(process.pid)}
+    process.kill()
+    process.wait()
+
+
 @contextlib.contextmanager
 def started(*arguments, **options):
     """A process of prepare.py that has workers; it and they are gone afterwards."""
@@ -907,8 +919,7 @@ def started(*arguments, **options):
         wait_until(lambda: workers.extend(workers_of(process.pid)) or workers)
         yield process, workers
     finally:
-        process.kill()
-        process.wait()
+        kill(process, workers)
         process.stderr.close()
         wait_until(lambda: not any(map(is_alive, workers)))
 
@@ -948,8 +959,7 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next(tmp_path, long_text, ca
     options = ("--separator", "nul", "--out", out, "--name", "n", "--tokenizer", model)
     with started("text", long_text, *options) as (process, workers):
         check_error(capsys, run("text", source, *options), f"another process is writing to {out}")
-        process.kill()
-        process.wait()
+        kill(process, workers)
         assert [path.name[:12] for path in out.iterdir()] == [".unfinished-"]
         wait_until(lambda: not any(map(is_alive, workers)))
     assert run("text", source, *options) == 0
